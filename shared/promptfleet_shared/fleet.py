@@ -1,0 +1,308 @@
+"""fleet.toml: tiers → models → deployments, and how each tier batches, retries and caches."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from promptfleet_shared.errors import ConfigurationError
+from promptfleet_shared.tiers import DEFAULT_TIERS, TIER_NAME
+
+Milliseconds = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Options = TypeVar("Options", bound=_Section)
+
+
+class BatchOptions(_Section):
+    """How a tier gathers jobs.
+
+    Attributes:
+        max_batch_size: Jobs in a batch at most.
+        batch_window_ms: Milliseconds that a batch stays open after its first job.
+        max_batch_tokens: Input tokens (estimated) of one request that carries many prompts.
+        max_concurrent_batches: Batches of a worker that may be claimed and not yet all called.
+        max_concurrent_calls: Provider calls in flight at once in a worker, over its tiers' sum.
+    """
+
+    max_batch_size: Count = 100
+    batch_window_ms: Milliseconds = 10.0
+    max_batch_tokens: Count = 200_000
+    max_concurrent_batches: Count = 32
+    max_concurrent_calls: Count = 256
+
+
+class RetryOptions(_Section):
+    """How often and how soon a failed job is tried again.
+
+    Attributes:
+        retry_attempts: Tries after the first one.
+        retry_delay_ms: The first delay's upper bound; doubles with each attempt, full jitter.
+        max_retry_delay_ms: The upper bound of any delay of our own.
+        max_calls: Provider calls that one job may ever cost.
+    """
+
+    retry_attempts: Annotated[int, Field(ge=0)] = 3
+    retry_delay_ms: Milliseconds = 500.0
+    max_retry_delay_ms: Milliseconds = 60_000.0
+    max_calls: Count = 8
+
+
+class TimeoutOptions(_Section):
+    """The four timers of a call, in milliseconds.
+
+    Attributes:
+        connect_timeout_ms: Until the connection (with TLS) stands.
+        first_byte_timeout_ms: From the request to the response's headers.
+        idle_timeout_ms: Between two pieces of the response.
+        timeout_ms: The whole call.
+    """
+
+    connect_timeout_ms: Milliseconds = 5_000.0
+    first_byte_timeout_ms: Milliseconds = 300_000.0
+    idle_timeout_ms: Milliseconds = 60_000.0
+    timeout_ms: Milliseconds = 600_000.0
+
+
+class CacheSection(_Section):
+    """The response cache.
+
+    Attributes:
+        enabled: False turns it off for every job.
+        ttl_s: Seconds that an answer is kept.
+        namespace: A prefix of the keys; change it to start afresh.
+        max_value_bytes: A longer response is not cached.
+    """
+
+    enabled: bool = True
+    ttl_s: Count = 3600
+    namespace: str = "default"
+    max_value_bytes: Count = 1_000_000
+
+
+class Deployment(_Section):
+    """One place where a model answers.
+
+    Attributes:
+        name: Unique in the fleet; shown on result rows.
+        provider: Which protocol it speaks: "openai" (and everything compatible) or "anthropic".
+        base_url: With the version, e.g. https://api.openai.com/v1.
+        model: The model's name there; the model's own name when empty.
+        api_key: The key itself (better: `api_key_env`).
+        api_key_env: The environment variable that holds the key.
+        prompts_per_request: Prompts that one completions request may carry; 1 where the endpoint
+            takes no list, or its answers can't be told apart.
+        headers: Sent with every request.
+        max_concurrent_calls: Calls in flight here from one worker; None: the tier's own bound.
+    """
+
+    name: str = ""
+    provider: str = "openai"
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")]
+    model: str = ""
+    api_key: SecretStr | None = None
+    api_key_env: str | None = None
+    prompts_per_request: Count = 1
+    headers: dict[str, str] = {}
+    max_concurrent_calls: Count | None = None
+    timeouts: TimeoutOptions | None = None
+
+    def secret(self) -> str | None:
+        """The API key, from wherever it is configured."""
+        if self.api_key is not None:
+            return self.api_key.get_secret_value()
+        return os.environ.get(self.api_key_env) if self.api_key_env else None
+
+
+class Model(_Section):
+    """A model and where it runs.
+
+    Attributes:
+        deployments: Tried in this order.
+        price_as: The `provider/model` whose price applies, as genai-prices names them; by default
+            the deployment's provider and model. "free" for a model of your own.
+        context_window: Tokens that prompt and answer may have together; None: not checked.
+    """
+
+    deployments: Annotated[tuple[Deployment, ...], Field(min_length=1)]
+    price_as: str | None = None
+    context_window: Count | None = None
+
+
+class TierSection(_Section):
+    """A tier: its models in order of preference, and options that differ from the fleet's."""
+
+    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    batch: BatchOptions | None = None
+    retry: RetryOptions | None = None
+    timeouts: TimeoutOptions | None = None
+
+
+class Fleet(_Section):
+    """The whole of fleet.toml."""
+
+    default_tier: str = "standard"
+    tiers: dict[str, TierSection] = {}
+    models: dict[str, Model] = {}
+    batch: BatchOptions = BatchOptions()
+    retry: RetryOptions = RetryOptions()
+    timeouts: TimeoutOptions = TimeoutOptions()
+    cache: CacheSection = CacheSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_deployments(cls, data: Any) -> Any:
+        models = data.get("models") if isinstance(data, dict) else None
+        if not isinstance(models, dict):
+            return data
+        named = {}
+        for name, model in models.items():
+            deployments = model.get("deployments") if isinstance(model, dict) else None
+            if isinstance(deployments, list):
+                named[name] = {**model, "deployments": _named(name, deployments)}
+            else:
+                named[name] = model
+        return {**data, "models": named}
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        for tier, section in self.tiers.items():
+            if not TIER_NAME.fullmatch(tier):
+                msg = f"tiers.{tier}: a tier's name is lower-case letters, digits, - and _"
+                raise ValueError(msg)
+            for model in section.models:
+                if model not in self.models:
+                    msg = f"tiers.{tier}.models: no [models.{model!r}] is defined"
+                    raise ValueError(msg)
+        if self.tiers and self.default_tier not in self.tiers:
+            msg = f"default_tier: {self.default_tier!r} is none of {', '.join(self.tiers)}"
+            raise ValueError(msg)
+        names = [d.name for model in self.models.values() for d in model.deployments]
+        for name in names:
+            if names.count(name) > 1:
+                msg = f"models: two deployments are called {name!r}"
+                raise ValueError(msg)
+        return self
+
+    @property
+    def tier_names(self) -> tuple[str, ...]:
+        """The tiers that jobs may name."""
+        return tuple(self.tiers) or DEFAULT_TIERS
+
+    def batch_options(self, tier: str) -> BatchOptions:
+        """How this tier gathers."""
+        section = self.tiers.get(tier)
+        return _merged(self.batch, section.batch if section else None)
+
+    def retry_options(self, tier: str) -> RetryOptions:
+        """How this tier retries."""
+        section = self.tiers.get(tier)
+        return _merged(self.retry, section.retry if section else None)
+
+    def timeout_options(self, tier: str, deployment: Deployment) -> TimeoutOptions:
+        """The timers of a call: each the deployment's, else the tier's, else the fleet's."""
+        section = self.tiers.get(tier)
+        options = _merged(self.timeouts, section.timeouts if section else None)
+        return _merged(options, deployment.timeouts)
+
+
+def _merged(base: Options, special: Options | None) -> Options:
+    """`base` with what `special` sets explicitly."""
+    if special is None:
+        return base
+    return base.model_copy(
+        update={name: getattr(special, name) for name in special.model_fields_set}
+    )
+
+
+def _named(model: str, deployments: list[Any]) -> list[Any]:
+    """Deployments without a name get their model's, numbered after the first."""
+    named = []
+    for n, item in enumerate(deployments, 1):
+        if isinstance(item, dict) and not item.get("name"):
+            named.append({**item, "name": model if n == 1 else f"{model}-{n}"})
+        else:
+            named.append(item)
+    return named
+
+
+def load_fleet(path: Path | None) -> Fleet:
+    """Read fleet.toml; without one, the three usual tiers and no models.
+
+    Raises:
+        ConfigurationError: With every mistake as `path:line: field: what is wrong`.
+    """
+    if path is None:
+        return Fleet()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: can't be read: {error}"
+        raise ConfigurationError(msg) from None
+    return parse_fleet(text, name=str(path))
+
+
+def parse_fleet(text: str, *, name: str = "fleet.toml") -> Fleet:
+    """Read the text of a fleet.toml; `name` is what errors call it."""
+    try:
+        return Fleet.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        msg = f"{name}:{line[1] if line else 1}: {error}"
+        raise ConfigurationError(msg) from None
+    except ValidationError as error:
+        lines = [
+            _mistake(name, text, item["loc"], item["msg"])
+            for item in error.errors(include_url=False, include_input=False)
+        ]
+        raise ConfigurationError("\n".join(lines)) from None
+
+
+def _mistake(name: str, text: str, location: Sequence[str | int], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    field = ".".join(str(part) for part in location)
+    if not location:  # a check over several fields: it names the field itself
+        field, _, message = message.partition(": ")
+        location = field.split(".")
+    return f"{name}:{_line_of(text, location)}: {field}: {message}"
+
+
+def _line_of(text: str, location: Sequence[str | int]) -> int:
+    """The line where the innermost known part of a location stands; 1 if none is found."""
+    names = [str(part) for part in location if isinstance(part, str)]
+    indexes = [part for part in location if isinstance(part, int)]
+    best, best_depth = 1, 0
+    table: list[str] = []
+    tables_seen: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if header := re.match(r"(\[\[?)\s*([^\]]+?)\s*\]", stripped):
+            table = _key_parts(header[2])
+            tables_seen[tuple(table)] = tables_seen.get(tuple(table), -1) + 1
+            path = table
+        elif assignment := re.match(r"([\w.\"'\- ]+?)\s*=", stripped):
+            path = table + _key_parts(assignment[1])
+        else:
+            continue
+        nth = tables_seen.get(tuple(table), 0)
+        if indexes and table == names[: len(table)] and nth != indexes[0] and len(table) > 1:
+            continue
+        if path == names[: len(path)] and len(path) > best_depth:
+            best, best_depth = number, len(path)
+    return best
+
+
+def _key_parts(key: str) -> list[str]:
+    parts = re.findall(r'"([^"]*)"|\'([^\']*)\'|([\w-]+)', key)
+    return [next(part for part in match if part) if any(match) else "" for match in parts]

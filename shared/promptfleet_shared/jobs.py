@@ -1,0 +1,256 @@
+"""What a job is, on both sides of the queue: frozen data and no behaviour."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import enum
+import uuid
+from decimal import Decimal
+from typing import Any
+
+DEFAULT_TENANT = "default"
+DEFAULT_PRIORITY = 5
+MAX_PRIORITY = 9
+
+
+class JobState(enum.StrEnum):
+    """Where a job is; docs/reference/states.md draws the moves between them."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUBMITTED = "submitted"  # a provider's own batch API has it
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        """True when a results row exists and nothing will change any more."""
+        return self in FINAL_STATES
+
+
+FINAL_STATES = frozenset(
+    {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.EXPIRED}
+)
+
+
+class JobKind(enum.StrEnum):
+    """Which kind of endpoint answers the job."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    EMBEDDING = "embedding"
+
+
+class CacheMode(enum.StrEnum):
+    """How a job uses the response cache."""
+
+    USE = "use"
+    REFRESH = "refresh"  # call the provider and store the new answer
+    OFF = "off"
+
+
+class CacheStatus(enum.StrEnum):
+    """Where a job's answer came from, as its results row tells."""
+
+    OFF = "off"
+    MISS = "miss"
+    HIT = "hit"
+    COALESCED = "coalesced"  # an equal job's call answered this one too
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CacheOptions:
+    """A job's wishes for the response cache; None means what fleet.toml says."""
+
+    mode: CacheMode = CacheMode.USE
+    ttl_s: int | None = None
+    namespace: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JobSpec:
+    """A validated submission: everything that becomes a `queued` row.
+
+    Attributes:
+        request: The request's own part of the provider's body as JSON bytes: `messages`, `prompt`
+            or `input`, and parameters such as `max_tokens`; never the model.
+        input_tokens: A cheap estimate, used to size batches.
+        deadline_s: Seconds from the insert until the job expires.
+    """
+
+    id: uuid.UUID
+    tier: str
+    request: bytes
+    input_tokens: int
+    deadline_s: float
+    tenant: str = DEFAULT_TENANT
+    kind: JobKind = JobKind.CHAT
+    model: str | None = None
+    priority: int = DEFAULT_PRIORITY
+    cache: CacheOptions | None = None
+    metadata: dict[str, Any] | None = None
+    idempotency_key: str | None = None
+    callback_url: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ClaimedJob:
+    """A job that this worker holds: valid while its fence is the row's.
+
+    Attributes:
+        attempt: Which attempt this is, from 1.
+        calls: Provider calls that earlier attempts made.
+        queued_ms: Milliseconds from when the job could run until this claim.
+        remaining_s: Seconds from the claim to the deadline, by the database's clock.
+    """
+
+    id: uuid.UUID
+    fence: int
+    tenant: str
+    tier: str
+    kind: JobKind
+    model: str | None
+    request: str
+    input_tokens: int
+    priority: int
+    cache: CacheOptions
+    attempt: int
+    calls: int
+    queued_ms: float
+    remaining_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """Tokens of one or more calls; `input` includes the `cached` ones, `output` the `reasoning`."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+    reasoning: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            input=self.input + other.input,
+            cached=self.cached + other.cached,
+            output=self.output + other.output,
+            reasoning=self.reasoning + other.reasoning,
+        )
+
+
+NO_USAGE = Usage()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JobError:
+    """Why a job or an attempt failed: a short code and a sentence without prompt or output."""
+
+    code: str
+    message: str
+    status: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a claimed job ended: what `finish` writes in one transaction.
+
+    Attributes:
+        response: The provider's whole response, as the JSON it sent.
+        calls: Provider calls made under this claim, each of them in the ledger.
+        cost_usd: The price of those calls; None where no price is known.
+        provider_ms: Milliseconds from sending the request to the end of its response.
+        unknown_calls: Calls whose outcome (and bill) is not known, e.g. after a time-out.
+    """
+
+    job_id: uuid.UUID
+    fence: int
+    state: JobState
+    text: str | None = None
+    response: bytes | None = None
+    finish_reason: str | None = None
+    error: JobError | None = None
+    model: str | None = None
+    provider: str | None = None
+    deployment: str | None = None
+    usage: Usage = NO_USAGE
+    cost_usd: Decimal | None = None
+    cache: CacheStatus = CacheStatus.OFF
+    calls: int = 0
+    unknown_calls: int = 0
+    batch_id: uuid.UUID | None = None
+    batch_size: int = 1
+    queued_ms: float = 0.0
+    provider_ms: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """A claim given back without a result: the job is queued again.
+
+    Attributes:
+        delay_s: Seconds until it may run again.
+        counts: False where the attempt was not the job's fault (429, shutdown).
+    """
+
+    job_id: uuid.UUID
+    fence: int
+    delay_s: float = 0.0
+    counts: bool = True
+    calls: int = 0
+    unknown_calls: int = 0
+    error: JobError | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Doorbell:
+    """A job that somebody should look at: all that a message on a queue may know."""
+
+    job_id: uuid.UUID
+    tier: str
+    priority: int = DEFAULT_PRIORITY
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """A row of `results`: how a job ended, for whoever asked.
+
+    Attributes:
+        text: The answer, or None for a job without one. A NUL, which Postgres' text can't hold,
+            is shown as U+FFFD here and kept as it came in `response`.
+        response: The provider's whole response, decoded.
+        cost_usd: US dollars for all calls of the final attempt; None where no price is known.
+        queued_ms: Milliseconds the job waited for its (last) claim.
+        total_ms: Milliseconds from its acceptance to its end.
+    """
+
+    job_id: uuid.UUID
+    state: JobState
+    tier: str
+    text: str | None
+    response: Any
+    finish_reason: str | None
+    error: JobError | None
+    model: str | None
+    provider: str | None
+    deployment: str | None
+    usage: Usage
+    cost_usd: Decimal | None
+    cache: CacheStatus
+    attempts: int
+    calls: int
+    batch_id: uuid.UUID | None
+    batch_size: int
+    queued_ms: float
+    provider_ms: float | None
+    total_ms: float
+    metadata: dict[str, Any]
+    created_at: dt.datetime
+    finished_at: dt.datetime
+
+    @property
+    def succeeded(self) -> bool:
+        """True if the provider (or the cache) answered in full."""
+        return self.state is JobState.SUCCEEDED

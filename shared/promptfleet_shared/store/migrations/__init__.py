@@ -1,0 +1,1 @@
+"""Alembic's migrations: `pre_…` run before a deploy, `post_…` after it."""

@@ -1,0 +1,141 @@
+"""Keep the promise when somebody died: one timer a job, looked at by any number of sweepers."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+
+import sqlalchemy as sa
+
+from promptfleet_shared.jobs import Doorbell
+
+MAX_CRASHES = 3
+"""Lost leases after which a job is taken for the cause: `failed`, code `poison`."""
+RING_BACKOFF_S = 10
+RING_BACKOFF_MAX_S = 300
+
+# Each due job gets a verdict. Final ones get their results row (and callback) here and now;
+# queued ones are rung again after 10 s, 20 s, 40 s … so that a long backlog is not rung to death.
+_SWEEP = sa.text("""
+WITH due AS MATERIALIZED (
+    SELECT id AS job_id, CASE
+               WHEN state = 'running' AND lease_until >= clock_timestamp() THEN 'alive'
+               WHEN state = 'submitted' AND deadline > clock_timestamp() THEN 'alive'
+               WHEN cancel_requested THEN 'cancelled'
+               WHEN deadline <= clock_timestamp() THEN 'expired'
+               WHEN state = 'running' AND crashes + 1 >= :max_crashes THEN 'poison'
+               WHEN state = 'running' THEN 'lost'
+               ELSE 'ring' END AS verdict
+      FROM jobs WHERE finished_at IS NULL AND sweep_at <= clock_timestamp()
+     ORDER BY sweep_at LIMIT :limit FOR UPDATE SKIP LOCKED
+), moved AS (
+    UPDATE jobs SET
+           state = CASE verdict WHEN 'alive' THEN state WHEN 'cancelled' THEN 'cancelled'
+                   WHEN 'expired' THEN 'expired' WHEN 'poison' THEN 'failed' ELSE 'queued' END,
+           finished_at = CASE WHEN verdict IN ('cancelled', 'expired', 'poison')
+                         THEN clock_timestamp() END,
+           crashes = crashes + CASE WHEN state = 'running' AND verdict <> 'alive'
+                     THEN 1 ELSE 0 END,
+           unknown_calls = unknown_calls + CASE WHEN state = 'running' AND verdict <> 'alive'
+                           THEN 1 ELSE 0 END,
+           -- A lost claim is fenced off at once, so that a zombie's late result can't land.
+           fence = fence + CASE WHEN state = 'running' AND verdict <> 'alive' THEN 1 ELSE 0 END,
+           lease_owner = CASE WHEN verdict = 'alive' THEN lease_owner END,
+           lease_until = CASE WHEN verdict = 'alive' THEN lease_until END,
+           rings = rings + CASE WHEN verdict IN ('ring', 'lost') THEN 1 ELSE 0 END,
+           rung_at = CASE WHEN verdict IN ('ring', 'lost') THEN clock_timestamp()
+                     ELSE rung_at END,
+           last_error = CASE WHEN verdict = 'poison' THEN jsonb_build_object(
+                'code', 'poison', 'message', 'the job''s worker was lost too often')
+                WHEN verdict = 'expired' THEN jsonb_build_object(
+                'code', 'expired', 'message', 'the deadline passed before the job succeeded')
+                ELSE last_error END,
+           sweep_at = CASE verdict WHEN 'alive' THEN coalesce(lease_until, deadline)
+                ELSE least(deadline, clock_timestamp() + interval '1 second' *
+                     least(:backoff_max_s, :backoff_s * 2 ^ least(rings, 10))) END
+      FROM due WHERE id = job_id
+    RETURNING jobs.*, verdict
+), result AS (
+    INSERT INTO results (job_id, tenant, tier, state, error, attempts, calls, total_ms, metadata,
+                         created_at, finished_at)
+    SELECT id, tenant, tier, state, last_error, attempt, calls,
+           extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
+           finished_at
+      FROM moved WHERE finished_at IS NOT NULL
+), outbox AS (
+    INSERT INTO callbacks (job_id, tenant, url, event)
+    SELECT id, tenant, callback_url, 'prompt.' || state
+      FROM moved WHERE finished_at IS NOT NULL AND callback_url IS NOT NULL
+)
+SELECT id, tier, priority, verdict FROM moved
+""").bindparams(max_crashes=MAX_CRASHES, backoff_s=RING_BACKOFF_S, backoff_max_s=RING_BACKOFF_MAX_S)
+
+# For a tier whose queue is empty although jobs are due: their doorbells are lost (or under way,
+# which the few seconds since the last ring rule out), so nobody waits for the back-off.
+_RING_IDLE = sa.text("""
+WITH silent AS MATERIALIZED (
+    SELECT id AS job_id FROM jobs
+     WHERE finished_at IS NULL AND state = 'queued' AND tier = :tier AND NOT cancel_requested
+       AND run_at <= clock_timestamp()
+       AND rung_at < clock_timestamp() - :silence_s * interval '1 second'
+     ORDER BY sweep_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+UPDATE jobs SET rings = rings + 1, rung_at = clock_timestamp() FROM silent WHERE id = job_id
+RETURNING id, tier, priority
+""")
+
+_PRUNE = sa.text("""
+WITH old AS MATERIALIZED (
+    SELECT id AS job_id FROM jobs
+     WHERE id < CAST(:floor AS uuid) AND finished_at < clock_timestamp() - :age_s * interval '1 s'
+     ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM jobs USING old WHERE id = job_id RETURNING id
+)
+DELETE FROM results USING gone WHERE results.job_id = gone.id RETURNING results.job_id
+""")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What one look at the due jobs led to.
+
+    Attributes:
+        doorbells: What to ring now.
+        verdicts: How many jobs got each verdict: alive, ring, lost, poison, cancelled, expired.
+    """
+
+    doorbells: list[Doorbell]
+    verdicts: dict[str, int]
+
+
+def sweep(connection: sa.Connection, *, limit: int = 500) -> Sweep:
+    """Judge up to `limit` jobs whose timer is due; the caller commits, then rings."""
+    doorbells: list[Doorbell] = []
+    verdicts: dict[str, int] = {}
+    for row in connection.execute(_SWEEP, {"limit": limit}):
+        verdicts[row.verdict] = verdicts.get(row.verdict, 0) + 1
+        if row.verdict in {"ring", "lost"}:
+            doorbells.append(Doorbell(job_id=row.id, tier=row.tier, priority=row.priority))
+    return Sweep(doorbells=doorbells, verdicts=verdicts)
+
+
+def silent_doorbells(
+    connection: sa.Connection, tier: str, *, silence_s: float = 5.0, limit: int = 1000
+) -> list[Doorbell]:
+    """Due jobs of a tier that nobody rang for in `silence_s` seconds, marked as rung."""
+    rows = connection.execute(_RING_IDLE, {"tier": tier, "silence_s": silence_s, "limit": limit})
+    return [Doorbell(job_id=row.id, tier=row.tier, priority=row.priority) for row in rows]
+
+
+def prune(connection: sa.Connection, *, floor: uuid.UUID, age_s: float, limit: int = 1000) -> int:
+    """Delete up to `limit` jobs and results that ended more than `age_s` seconds ago.
+
+    Args:
+        connection: In a transaction that the caller commits.
+        floor: The smallest UUIDv7 of that age: ids are in order of time, so the primary key
+            finds the old ones.
+        age_s: Seconds since the job ended.
+        limit: Jobs at most.
+    """
+    parameters = {"floor": floor, "age_s": age_s, "limit": limit}
+    return len(connection.execute(_PRUNE, parameters).all())
