@@ -1,0 +1,1 @@
+"""Enqueue prompts and read their results."""
