@@ -1,0 +1,1 @@
+"""The workers: gather jobs into batches, call the providers, write the results."""

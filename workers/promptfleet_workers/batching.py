@@ -1,0 +1,162 @@
+"""Gather ids into batches: a pure window, and the batcher that drives it on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+
+from promptfleet_shared.fleet import BatchOptions
+
+
+class DoorbellWait:
+    """What a Celery task waits for: that every id of its message is settled."""
+
+    __slots__ = ("_remaining", "done")
+
+    def __init__(self, ids: int) -> None:
+        """Wait for so many ids."""
+        self.done: Future[None] = Future()
+        self._remaining = ids
+        if not ids:
+            self.done.set_result(None)
+
+    def settle(self) -> None:
+        """One id is finished, given back or stale."""
+        self._remaining -= 1
+        if not self._remaining and not self.done.done():
+            self.done.set_result(None)
+
+    def abandon(self) -> None:
+        """Wait no longer: this worker ends, and leases take care of what is left."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ticket:
+    """An id on its way through the worker, and who waits for it."""
+
+    job_id: uuid.UUID
+    wait: DoorbellWait
+
+
+class BatchWindow:
+    """Decides when a batch is whole; pure, so its clock is a parameter.
+
+    A batch is whole when it has `max_batch_size` tickets, or `batch_window_ms` after its first.
+    """
+
+    def __init__(self, options: BatchOptions) -> None:
+        """Open at the first ticket."""
+        self._size = options.max_batch_size
+        self._window_s = options.batch_window_ms / 1000
+        self._tickets: list[Ticket] = []
+        self.closes_at: float | None = None
+
+    def add(self, tickets: Sequence[Ticket], now: float) -> list[list[Ticket]]:
+        """Take tickets in; returns the batches that became whole."""
+        if self.closes_at is None and tickets:
+            self.closes_at = now + self._window_s
+        self._tickets.extend(tickets)
+        whole = []
+        while len(self._tickets) >= self._size:
+            whole.append(self._tickets[: self._size])
+            del self._tickets[: self._size]
+            self.closes_at = now + self._window_s if self._tickets else None
+        return whole
+
+    def close(self, now: float) -> list[Ticket]:
+        """The tickets whose window is over by `now`; none if it is not."""
+        if self.closes_at is None or now < self.closes_at:
+            return []
+        tickets, self._tickets = self._tickets, []
+        self.closes_at = None
+        return tickets
+
+    def clear(self) -> list[Ticket]:
+        """All that waits, window or not."""
+        tickets, self._tickets = self._tickets, []
+        self.closes_at = None
+        return tickets
+
+
+class Slots:
+    """How many jobs a worker holds, against how many it may: what opens and shuts its queues.
+
+    A worker that took more ids than it can call would keep them from an idle one. The eighth that
+    it may hold beyond its calls bridges the time from a call's end to the next one's claim.
+    """
+
+    def __init__(self, calls: int) -> None:
+        """For a worker that may have `calls` provider calls in flight."""
+        self._margin = max(1, calls // 8)
+        self._limit = calls + self._margin
+        self.held = 0
+
+    @property
+    def free(self) -> int:
+        """Ids that may be taken now."""
+        return max(0, self._limit - self.held)
+
+    @property
+    def wants_work(self) -> bool:
+        """True if the next doorbell is worth taking from the queue."""
+        return self.free >= self._margin
+
+
+FlushBatch = Callable[[str, list[Ticket]], Awaitable[None]]
+
+
+class Batcher:
+    """The windows of a worker's tiers; hands whole batches to the pipeline."""
+
+    def __init__(self, options: Callable[[str], BatchOptions], flush: FlushBatch) -> None:
+        """Make a window a tier, at its first ticket.
+
+        Args:
+            options: A tier's batch options.
+            flush: What takes a batch; it must not raise.
+        """
+        self._options = options
+        self._flush = flush
+        self._windows: dict[str, BatchWindow] = {}
+        self._limits: dict[str, asyncio.Semaphore] = {}
+        self._running: set[asyncio.Task[None]] = set()
+
+    def add(self, tier: str, tickets: Sequence[Ticket]) -> None:
+        """Gather tickets; on the event loop."""
+        loop = asyncio.get_running_loop()
+        window = self._windows.get(tier)
+        if window is None:
+            window = self._windows[tier] = BatchWindow(self._options(tier))
+        was_open = window.closes_at
+        for batch in window.add(tickets, loop.time()):
+            self._start(tier, batch)
+        if window.closes_at is not None and window.closes_at != was_open:
+            loop.call_at(window.closes_at, self._close, tier, window)
+
+    def clear(self) -> list[tuple[str, Ticket]]:
+        """Take back all that is gathered and not yet flushed, for a worker that drains."""
+        return [(tier, t) for tier, window in self._windows.items() for t in window.clear()]
+
+    def _close(self, tier: str, window: BatchWindow) -> None:
+        # The loop's clock may stand a hair before the time it was asked to call at.
+        batch = window.close(asyncio.get_running_loop().time() + 0.0005)
+        if batch:
+            self._start(tier, batch)
+
+    def _start(self, tier: str, batch: list[Ticket]) -> None:
+        task = asyncio.create_task(self._run(tier, batch))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _run(self, tier: str, batch: list[Ticket]) -> None:
+        limit = self._limits.get(tier)
+        if limit is None:
+            bound = self._options(tier).max_concurrent_batches
+            limit = self._limits[tier] = asyncio.Semaphore(bound)
+        async with limit:
+            await self._flush(tier, batch)

@@ -1,0 +1,200 @@
+"""Call providers: which jobs share a request, who is asked next, and what a failure means."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+
+import orjson
+from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.fleet import BatchOptions, Fleet
+from promptfleet_shared.jobs import JobError, JobKind, JobState
+
+from promptfleet_workers.claims import Claims
+from promptfleet_workers.endings import Endings
+from promptfleet_workers.providers.protocol import Answer, Call, Completion
+from promptfleet_workers.retries import Verdict, classify, delay_s
+from promptfleet_workers.routing import Candidate
+from promptfleet_workers.work import Work
+
+log = logging.getLogger(__name__)
+
+_TOO_LATE = JobError(code="expired", message="the deadline passed before the job succeeded")
+_LIST_FIELD = {JobKind.COMPLETION: "prompt", JobKind.EMBEDDING: "input"}
+
+
+def plan_requests(works: Sequence[Work], options: BatchOptions) -> Iterator[list[Work]]:
+    """Which works go into one request each.
+
+    Prompts that begin alike come one after the other, so that the provider's prefix cache hits.
+    Many go into one request where the deployment takes a list and they differ in nothing else.
+    """
+    ordered = sorted(works, key=lambda work: work.job.request)
+    singles = [work for work in ordered if not _takes_list(work)]
+    yield from ([work] for work in singles)
+    shared: dict[tuple[object, ...], list[Work]] = {}
+    for work in ordered:
+        if _takes_list(work):
+            shared.setdefault(_likeness(work), []).append(work)
+    for alike in shared.values():
+        yield from _packed(alike, options.max_batch_tokens)
+
+
+def _takes_list(work: Work) -> bool:
+    return work.job.kind in _LIST_FIELD and work.route[0].deployment.prompts_per_request > 1
+
+
+def _likeness(work: Work) -> tuple[object, ...]:
+    parameters = orjson.loads(work.job.request)
+    parameters.pop(_LIST_FIELD[work.job.kind])
+    rest = orjson.dumps(parameters, option=orjson.OPT_SORT_KEYS)
+    return work.job.kind, id(work.route), rest
+
+
+def _packed(works: Sequence[Work], max_tokens: int) -> Iterator[list[Work]]:
+    """Requests of at most `prompts_per_request` prompts and `max_tokens` input tokens."""
+    limit = works[0].route[0].deployment.prompts_per_request
+    request: list[Work] = []
+    tokens = 0
+    for work in works:
+        full = len(request) >= limit or tokens + work.job.input_tokens > max_tokens
+        if request and full:
+            yield request
+            request, tokens = [], 0
+        request.append(work)
+        tokens += work.job.input_tokens
+    yield request
+
+
+class Caller:
+    """Runs requests, each in a task of its own, so many at once."""
+
+    def __init__(self, *, fleet: Fleet, claims: Claims, endings: Endings, calls: int) -> None:
+        """Call nothing yet; `calls` is how many requests may be in flight."""
+        self._fleet = fleet
+        self._claims = claims
+        self._endings = endings
+        self._slots = asyncio.Semaphore(calls)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.draining = False
+        endings.restart = self._restart
+
+    async def start(self, works: list[Work]) -> None:
+        """Wait for a free slot and start a request for these jobs."""
+        await self._slots.acquire()
+        live = [work for work in works if self._may_start(work)]
+        if not live:
+            self._slots.release()
+            return
+        task = asyncio.create_task(self._run(live))
+        self._claims.work(task, [work.job for work in live])
+        self._keep(task)
+
+    async def idle(self) -> None:
+        """Wait until no request is in flight or about to start."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _restart(self, work: Work) -> None:
+        self._keep(asyncio.create_task(self.start([work])))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _may_start(self, work: Work) -> bool:
+        if self._endings.given_up(work):
+            return False
+        if self.draining:
+            self._endings.give_back(work, 0.0, counts=False)
+        elif work.remaining_s <= 0:
+            self._endings.fail(work, _TOO_LATE, state=JobState.EXPIRED)
+        return not work.ended
+
+    async def _run(self, works: list[Work]) -> None:
+        try:
+            await self._call(works)
+        except asyncio.CancelledError:
+            for work in works:
+                work.unknown_calls += 1
+        except Exception as error:  # noqa: BLE001 - a bug must fail its jobs, not hang them
+            name = type(error).__name__
+            log.error("call_crashed", extra={"error": name})  # noqa: TRY400 - a traceback could show a prompt
+            for work in works:
+                if not work.ended:
+                    message = f"a bug in the worker or its provider ({name})"
+                    self._endings.fail(work, JobError(code="internal", message=message))
+        finally:
+            self._slots.release()
+            self._claims.rest([work.job for work in works])
+            for work in works:
+                self._endings.given_up(work)
+
+    async def _call(self, works: list[Work]) -> None:
+        """Try the candidates in order until there is nothing left to try the next one for."""
+        route = works[0].route
+        for candidate in route:
+            answers = await self._ask(candidate, works)
+            unanswered = []
+            for work, answer in zip(works, answers, strict=True):
+                if isinstance(answer, Completion):
+                    self._endings.succeed(work, answer, candidate)
+                elif candidate is not route[-1] and classify(answer).verdict is Verdict.NEXT:
+                    unanswered.append(work)
+                else:
+                    self._judge(work, answer, candidate)
+            works = unanswered
+            if not works:
+                return
+
+    async def _ask(self, candidate: Candidate, works: list[Work]) -> Sequence[Answer]:
+        """One request to one deployment, within its time and the jobs' deadlines."""
+        call = Call(
+            kind=works[0].job.kind,
+            model=candidate.model_there,
+            requests=[work.job.request for work in works],
+            input_tokens=[work.job.input_tokens for work in works],
+            timeouts=candidate.timeouts,
+        )
+        works[0].calls += 1  # a request that jobs share is counted on the first of them
+        limit_s = min(candidate.timeouts.timeout_ms / 1000, *(work.remaining_s for work in works))
+        started = time.perf_counter()
+        answers: Sequence[Answer]
+        try:
+            async with asyncio.timeout(limit_s):
+                answers = await candidate.provider.call(call)
+        except TimeoutError:
+            late = ProviderError("the call took too long", code="timeout", unknown_outcome=True)
+            answers = list(itertools.repeat(late, len(works)))
+        except ProviderError as error:
+            answers = list(itertools.repeat(error, len(works)))
+        elapsed_ms = (time.perf_counter() - started) * 1000
+        for work in works:
+            work.provider_ms = elapsed_ms
+        return answers
+
+    def _judge(self, work: Work, error: ProviderError, candidate: Candidate) -> None:
+        """The call failed for this job: give it back for later, or end it."""
+        judgement = classify(error)
+        verdict = judgement.otherwise  # whoever else there was has been asked
+        facts = JobError(code=error.code, message=error.message, status=error.status)
+        options = self._fleet.retry_options(work.job.tier)
+        if error.unknown_outcome:
+            work.unknown_calls += 1
+        if verdict is Verdict.DEFER and work.calls:
+            work.calls -= 1  # refused before any work was done: it costs neither money nor a try
+        spent = work.job.attempt > options.retry_attempts or work.all_calls >= options.max_calls
+        wait_s = delay_s(options, work.job.attempt, judgement.retry_after_s, random.random)
+        if verdict is Verdict.FINAL:
+            self._endings.fail(work, facts, candidate=candidate, shared=True)
+        elif verdict is Verdict.RETRY and spent:
+            self._endings.fail(work, facts, candidate=candidate)
+        elif wait_s >= work.remaining_s:
+            self._endings.fail(work, facts, candidate=candidate, state=JobState.EXPIRED)
+        else:
+            counts = verdict is Verdict.RETRY
+            self._endings.give_back(work, wait_s, counts=counts, error=facts)

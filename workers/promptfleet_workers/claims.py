@@ -1,0 +1,159 @@
+"""What this worker holds: claims, their heartbeat, and the abort of what it lost."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+
+import sqlalchemy as sa
+from promptfleet_shared.jobs import ClaimedJob
+from promptfleet_shared.store import claims as store
+from sqlalchemy import exc
+
+log = logging.getLogger(__name__)
+
+
+class Abort(enum.Enum):
+    """Why a running job is given up."""
+
+    FENCED = "fenced"  # the lease lapsed and somebody else may have it
+    CANCELLED = "cancelled"  # its owner asked for it
+    DRAINED = "drained"  # this worker shuts down
+
+
+class Claims:
+    """The jobs that this worker holds, and the task that works on each."""
+
+    def __init__(self) -> None:
+        """Hold nothing."""
+        self._held: dict[uuid.UUID, int] = {}
+        self._tasks: dict[uuid.UUID, asyncio.Task[None]] = {}
+        self._aborted: dict[uuid.UUID, Abort] = {}
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def hold(self, jobs: Iterable[ClaimedJob]) -> None:
+        """Take note of fresh claims."""
+        for job in jobs:
+            self._held[job.id] = job.fence
+        if self._held:
+            self.idle.clear()
+
+    def let_go(self, ids: Iterable[uuid.UUID]) -> None:
+        """Forget claims that are finished, released or lost."""
+        for job_id in ids:
+            self._held.pop(job_id, None)
+            self._aborted.pop(job_id, None)
+        if not self._held:
+            self.idle.set()
+
+    def work(self, task: asyncio.Task[None], jobs: Iterable[ClaimedJob]) -> None:
+        """Name the task that is cancelled when these jobs (all of them) are aborted."""
+        for job in jobs:
+            self._tasks[job.id] = task
+
+    def rest(self, jobs: Iterable[ClaimedJob]) -> None:
+        """No task works on these jobs any more."""
+        for job in jobs:
+            self._tasks.pop(job.id, None)
+
+    def aborted(self, job_id: uuid.UUID) -> Abort | None:
+        """Why the job was given up, if it was."""
+        return self._aborted.get(job_id)
+
+    def abort(self, job_id: uuid.UUID, reason: Abort) -> None:
+        """Give a job up; its task is cancelled unless it works for another one, too."""
+        if job_id not in self._held or job_id in self._aborted:
+            return
+        self._aborted[job_id] = reason
+        task = self._tasks.get(job_id)
+        if task is None:
+            return
+        others = (other for other, its in self._tasks.items() if its is task)
+        if all(other in self._aborted for other in others):
+            task.cancel()
+
+    def abort_all(self, reason: Abort) -> None:
+        """Give up all that is held."""
+        for job_id in list(self._held):
+            self.abort(job_id, reason)
+
+    def fences(self) -> dict[uuid.UUID, int]:
+        """The fence of each held job; safe to call from another thread."""
+        return dict(self._held)
+
+    def still_held(self, job_id: uuid.UUID, fence: int) -> bool:
+        """True if the job is held under this very fence."""
+        return self._held.get(job_id) == fence
+
+
+class Heartbeat:
+    """Extends the leases from a thread and a connection that no slow call can block."""
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        claims: Claims,
+        *,
+        lease_s: float,
+        on_loop: Callable[..., None],
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            engine: For this thread alone.
+            claims: What to keep alive.
+            lease_s: Seconds that each beat gives.
+            on_loop: Calls a function on the event loop's thread.
+        """
+        self._engine = engine
+        self._claims = claims
+        self._lease_s = lease_s
+        self._on_loop = on_loop
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="promptfleet-heartbeat", daemon=True)
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between beats: a quarter of the lease, and soon enough to hear of a cancel."""
+        return min(self._lease_s / 4, 4.0)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            try:
+                self.beat()
+            except exc.SQLAlchemyError as error:
+                # The leases run on: if this lasts, others take over and the fence tells us.
+                log.warning("heartbeat_failed", extra={"error": type(error).__name__})
+
+    def beat(self) -> None:
+        """Extend all leases once, and abort what was lost or cancelled."""
+        held = self._claims.fences()
+        if not held:
+            return
+        with self._engine.begin() as connection:
+            alive = store.heartbeat(connection, held, lease_s=self._lease_s)
+        for job_id, fence in held.items():
+            cancelled = alive.get(job_id)
+            if cancelled is None:
+                self._on_loop(self._lost, job_id, fence)
+            elif cancelled:
+                self._on_loop(self._claims.abort, job_id, Abort.CANCELLED)
+
+    def _lost(self, job_id: uuid.UUID, fence: int) -> None:
+        # A job that finished during the beat is missing too, but is no longer held.
+        if self._claims.still_held(job_id, fence):
+            self._claims.abort(job_id, Abort.FENCED)

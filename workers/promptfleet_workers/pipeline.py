@@ -1,0 +1,180 @@
+"""The whole story of a batch: gather, claim, route, look up, coalesce, call, finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+
+from promptfleet_shared.fleet import Fleet
+from promptfleet_shared.jobs import CacheMode, CacheStatus, Doorbell, JobError
+from promptfleet_shared.store import claims as claims_store
+from sqlalchemy import exc
+from sqlalchemy.ext.asyncio import AsyncEngine
+from uuid_utils.compat import uuid7
+
+from promptfleet_workers.batching import Batcher, DoorbellWait, Slots, Ticket
+from promptfleet_workers.cache import ResponseCache, cache_key, decode_completion
+from promptfleet_workers.calling import Caller, plan_requests
+from promptfleet_workers.claims import Abort, Claims
+from promptfleet_workers.endings import Endings
+from promptfleet_workers.finishing import insist
+from promptfleet_workers.routing import Router
+from promptfleet_workers.telemetry import BatchClaimed, Emit
+from promptfleet_workers.work import Batch, Work
+
+log = logging.getLogger(__name__)
+
+CLAIM_PATIENCE_S = 30.0
+MOST_URGENT = 9
+
+
+class Pipeline:
+    """Takes doorbells in and sees each of their jobs to an end; lives on the event loop."""
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        fleet: Fleet,
+        router: Router,
+        cache: ResponseCache,
+        claims: Claims,
+        endings: Endings,
+        caller: Caller,
+        slots: Slots,
+        worker: str,
+        lease_s: float,
+        ring: Callable[[Iterable[Doorbell]], None],
+        emit: Emit,
+    ) -> None:
+        """Put the parts together; nothing runs yet."""
+        self._engine = engine
+        self._fleet = fleet
+        self._router = router
+        self._cache = cache
+        self._claims = claims
+        self._endings = endings
+        self._caller = caller
+        self._slots = slots
+        self._worker = worker
+        self._lease_s = lease_s
+        self._ring = ring
+        self._emit = emit
+        self._batcher = Batcher(fleet.batch_options, self.run_batch)
+        self._draining = False
+
+    def take(self, tier: str, ids: Sequence[uuid.UUID], wait: DoorbellWait) -> None:
+        """Gather the ids that there is room for; the rest goes back to the head of the queue."""
+        room = 0 if self._draining else self._slots.free
+        taken, excess = ids[:room], ids[room:]
+        self._slots.held += len(taken)
+        self._batcher.add(tier, [Ticket(job_id, wait) for job_id in taken])
+        if excess:
+            self._ring_first((tier, job_id) for job_id in excess)
+        for _ in excess:
+            wait.settle()
+
+    async def run_batch(self, tier: str, tickets: list[Ticket]) -> None:
+        """See a batch through until all its calls have started."""
+        works = await self._claim(tier, tickets)
+        routed = [work for work in works if self._has_route(work)]
+        misses = await self._answer_from_cache(routed)
+        leaders = [work for work in misses if self._endings.leads(work)]
+        for request in plan_requests(leaders, self._fleet.batch_options(tier)):
+            await self._caller.start(request)
+
+    async def drain(self, patience_s: float) -> None:
+        """Claim nothing new, let what runs end, and give back what has not by then."""
+        self._draining = self._caller.draining = True
+        waiting = self._batcher.clear()
+        for _, ticket in waiting:
+            self._endings.settle(ticket)
+        self._ring_first((tier, ticket.job_id) for tier, ticket in waiting)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._claims.idle.wait(), patience_s)
+        self._claims.abort_all(Abort.DRAINED)
+        await self._caller.idle()
+        await self._endings.drain()
+
+    async def _claim(self, tier: str, tickets: list[Ticket]) -> list[Work]:
+        fresh = self._without_twins(tickets)
+        try:
+            jobs = await insist(
+                self._engine,
+                lambda connection: claims_store.claim(
+                    connection, list(fresh), worker=self._worker, lease_s=self._lease_s
+                ),
+                patience_s=CLAIM_PATIENCE_S,
+            )
+        except exc.SQLAlchemyError as error:
+            log.warning("claim_failed", extra={"jobs": len(fresh), "error": type(error).__name__})
+            jobs = []  # the sweeper rings again
+        self._claims.hold(jobs)
+        claimed_at = time.monotonic()
+        batch = Batch(id=uuid7(), size=len(jobs))
+        for job in jobs:
+            self._endings.expect(fresh.pop(job.id))
+        for stale in fresh.values():
+            self._endings.settle(stale)
+        self._emit(BatchClaimed(tier=tier, rung=len(tickets), claimed=len(jobs)))
+        return [
+            Work(job=job, batch=batch, claimed_at=claimed_at, route=self._router.route(job))
+            for job in jobs
+        ]
+
+    def _without_twins(self, tickets: list[Ticket]) -> dict[uuid.UUID, Ticket]:
+        """The tickets whose job this worker is not at already."""
+        fresh: dict[uuid.UUID, Ticket] = {}
+        for ticket in tickets:
+            if ticket.job_id in fresh or self._endings.expects(ticket.job_id):
+                self._endings.settle(ticket)
+            else:
+                fresh[ticket.job_id] = ticket
+        return fresh
+
+    def _has_route(self, work: Work) -> bool:
+        if work.route:
+            return True
+        what = f"model {work.job.model!r}" if work.job.model else f"tier {work.job.tier!r}"
+        message = f"no deployment is configured for {what}"
+        self._endings.fail(work, JobError(code="no_route", message=message))
+        return False
+
+    async def _answer_from_cache(self, works: list[Work]) -> list[Work]:
+        """Finish those whose answer is known; returns the others."""
+        asking = [work for work in works if self._may_use_cache(work)]
+        if not asking:
+            return works
+        values = await self._cache.get_many([work.key or "" for work in asking])
+        for work, value in zip(asking, values, strict=True):
+            completion = None if value is None else decode_completion(value)
+            if completion is not None:
+                work.cache = CacheStatus.HIT
+                self._endings.succeed(work, completion, work.route[0])
+        return [work for work in works if not work.ended]
+
+    def _may_use_cache(self, work: Work) -> bool:
+        """Give the work the key of its answer; false if it must not be read from the cache."""
+        options, section = work.job.cache, self._fleet.cache
+        if not section.enabled or options.mode is CacheMode.OFF:
+            return False
+        first = work.route[0]
+        work.cache = CacheStatus.MISS
+        work.key = cache_key(
+            options.namespace or section.namespace,
+            work.job.tenant,
+            f"{first.deployment.provider}/{first.model_there}",
+            work.job.kind,
+            work.job.request,
+        )
+        return options.mode is CacheMode.USE
+
+    def _ring_first(self, ids: Iterable[tuple[str, uuid.UUID]]) -> None:
+        # These ids had come to the front already, and Redis' most urgent list is consumed first.
+        self._ring(
+            [Doorbell(job_id=job_id, tier=tier, priority=MOST_URGENT) for tier, job_id in ids]
+        )

@@ -1,0 +1,1 @@
+"""Providers: one module a protocol, independent of each other."""

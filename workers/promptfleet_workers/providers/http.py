@@ -1,0 +1,149 @@
+"""The HTTP client of every provider: httpx's types on the httpx-aiohttp transport.
+
+Going through `httpx.AsyncClient` merges URL, headers, cookies and auth for each request, which
+costs more than sending it; a request built here and given to the transport costs about half. The
+choice of the client is this module's alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+import aiohttp
+import httpx
+from httpx_aiohttp import AiohttpTransport
+from multidict import CIMultiDict
+
+from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.fleet import TimeoutOptions
+
+MAX_RESPONSE_BYTES = 32 * 1024 * 1024
+"""A longer response is refused while it comes, so that no provider can fill our memory."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HttpResponse:
+    """A whole response."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+class Endpoint:
+    """A URL with its prepared headers; what is the same for every request is done once."""
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        """Prepare `url` and `headers`."""
+        self._url = httpx.URL(url)
+        # aiohttp takes its own kind of headers as they are and converts any other, item by item.
+        self._headers = cast(
+            "httpx.Headers", CIMultiDict({"content-type": "application/json", **headers})
+        )
+
+    def request(self, body: bytes, extensions: dict[str, Any]) -> httpx.Request:
+        """A POST of `body`."""
+        request = httpx.Request("POST", self._url, content=body, extensions=extensions)
+        request.headers = self._headers
+        return request
+
+
+class HttpClient:
+    """One pool of connections for all the calls of a worker; made on the loop that uses it."""
+
+    def __init__(self) -> None:
+        """Open nothing yet; connections come with the first requests."""
+        session = aiohttp.ClientSession(
+            # Calls are bounded by the batcher; a second, hidden bound would only make them wait.
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        self._transport = AiohttpTransport(client=session)
+
+    async def post(self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions) -> HttpResponse:
+        """Send `body` and read the whole response; the total time is the caller's to bound.
+
+        Raises:
+            ProviderError: Nothing or not everything came back: `connect_error` (nothing was sent),
+                `timeout`, `connection_lost` or `response_too_large` (the outcome is unknown).
+        """
+        extensions = {"timeout": {"connect": timeouts.connect_timeout_ms / 1000}}
+        try:
+            async with asyncio.timeout(timeouts.first_byte_timeout_ms / 1000):
+                response = await self._transport.handle_async_request(
+                    endpoint.request(body, extensions)
+                )
+            received = await _read(response, timeouts.idle_timeout_ms / 1000)
+            return HttpResponse(response.status_code, response.headers, received)
+        except TimeoutError:
+            message = "the provider did not answer in time"
+            raise ProviderError(message, code="timeout", unknown_outcome=True) from None
+        except (httpx.TransportError, aiohttp.ClientError, OSError) as error:
+            raise _connection_failure(error) from None
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._transport.aclose()
+
+
+async def _read(response: httpx.Response, idle_s: float) -> bytes:
+    """The decoded body, refused once it is too long, given up once it stalls."""
+    stream = cast("httpx.AsyncByteStream", response.stream)
+    pieces = []
+    size = 0
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(idle_s) as idle:
+            async for piece in stream:
+                idle.reschedule(loop.time() + idle_s)
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_RESPONSE_BYTES:
+                    raise _too_large()
+    finally:
+        await stream.aclose()
+    body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    encoding = response.headers.get("content-encoding", "identity")
+    return body if encoding == "identity" else _decompressed(body, encoding)
+
+
+def _decompressed(body: bytes, encoding: str) -> bytes:
+    """The body of a compressed response: no longer than the cap, however small it came."""
+    if encoding not in {"gzip", "deflate"}:
+        message = f"the response is encoded as {encoding!r}, which was not asked for"
+        raise ProviderError(message, code="bad_response")
+    inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        plain = inflate.decompress(body, MAX_RESPONSE_BYTES + 1)
+    except zlib.error:
+        message = "the compressed response is damaged"
+        raise ProviderError(message, code="bad_response") from None
+    if len(plain) > MAX_RESPONSE_BYTES:
+        raise _too_large()
+    if not inflate.eof:
+        message = "the compressed response ends too early"
+        raise ProviderError(message, code="connection_lost", unknown_outcome=True)
+    return plain
+
+
+def _too_large() -> ProviderError:
+    message = f"the response is longer than {MAX_RESPONSE_BYTES} bytes"
+    return ProviderError(message, code="response_too_large", unknown_outcome=True)
+
+
+def _connection_failure(error: Exception) -> ProviderError:
+    """Tell apart what can't have cost anything from what may have.
+
+    The transport maps a connection that the server closed in mid-call to a connect error too, so
+    only aiohttp's own exception, which it keeps as the cause, says whether anything was sent.
+    """
+    cause = error.__cause__ or error
+    if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        message = f"no connection to the provider ({type(cause).__name__})"
+        return ProviderError(message, code="connect_error")
+    message = f"the connection broke in mid-call ({type(cause).__name__})"
+    return ProviderError(message, code="connection_lost", unknown_outcome=True)

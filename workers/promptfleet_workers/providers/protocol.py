@@ -1,0 +1,66 @@
+"""What a provider is to the pipeline: something that answers one or many requests in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.fleet import TimeoutOptions
+from promptfleet_shared.jobs import NO_USAGE, JobKind, Usage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One request to a provider, for one job or, where the endpoint takes a list, for many.
+
+    Attributes:
+        requests: Each job's own part of the body, as a JSON object's text without whitespace:
+            `messages`, `prompt` or `input` and parameters, keys sorted, no `model`. Many only if
+            they differ in nothing but `prompt` or `input`.
+        input_tokens: Our estimate for each of them.
+    """
+
+    kind: JobKind
+    model: str
+    requests: Sequence[str]
+    input_tokens: Sequence[int]
+    timeouts: TimeoutOptions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """A provider's whole answer to one request.
+
+    Attributes:
+        text: The answer; None where there is none to read (tool calls, embeddings).
+        response: The response's JSON as it came, or this request's share of it.
+        finish_reason: As the provider names it; never empty for a whole text.
+        model: The model that answered, as the provider names it.
+    """
+
+    text: str | None
+    response: bytes
+    finish_reason: str | None
+    usage: Usage = NO_USAGE
+    model: str | None = None
+
+
+Answer = Completion | ProviderError
+
+
+class Provider(Protocol):
+    """A deployment that can be called."""
+
+    async def call(self, call: Call) -> list[Answer]:
+        """Send one request; one answer for each of `call.requests`, in their order.
+
+        Raises:
+            ProviderError: The call failed as a whole.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Give back connections."""
+        ...

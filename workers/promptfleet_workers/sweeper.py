@@ -1,0 +1,108 @@
+"""Looks for lost, overdue and silent jobs, from inside every worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from promptfleet_shared.jobs import Doorbell
+from promptfleet_shared.store import sweeping
+from sqlalchemy import exc
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from promptfleet_workers.telemetry import Emit, Swept
+
+log = logging.getLogger(__name__)
+
+PRUNE_EVERY_S = 60.0
+UUID7_RANDOM_BITS = 80
+
+
+class Sweeper:
+    """One of any number of sweepers: each judges the jobs that no other one has locked."""
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        tiers: Sequence[str],
+        interval_s: float,
+        retention_s: float,
+        ring: Callable[[Iterable[Doorbell]], None],
+        empty_queues: Callable[[Sequence[str]], Awaitable[Sequence[str]]],
+        emit: Emit,
+    ) -> None:
+        """Sweep nothing yet.
+
+        Args:
+            engine: Of the loop that `run` runs on.
+            tiers: Whose queues are watched for silence.
+            interval_s: Seconds between two sweeps.
+            retention_s: Seconds that ended jobs are kept; 0 keeps them for ever.
+            ring: Rings doorbells in the background.
+            empty_queues: Those of the tiers whose queue holds no message.
+            emit: Told what was found.
+        """
+        self._engine = engine
+        self._tiers = tiers
+        self._interval_s = interval_s
+        self._retention_s = retention_s
+        self._ring = ring
+        self._empty_queues = empty_queues
+        self._emit = emit
+        self._pruned_at = time.monotonic()
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        while True:
+            # Workers that started together must not sweep together.
+            await asyncio.sleep(self._interval_s * random.uniform(0.75, 1.25))  # noqa: S311
+            try:
+                await self.sweep()
+                await self.ring_silent()
+                await self.prune()
+            except (exc.SQLAlchemyError, OSError) as error:
+                log.warning("sweep_failed", extra={"error": type(error).__name__})
+
+    async def sweep(self) -> None:
+        """Judge all jobs that are due now."""
+        limit = 500
+        judged = limit
+        while judged == limit:
+            async with self._engine.begin() as connection:
+                found = await connection.run_sync(sweeping.sweep, limit=limit)
+            self._ring(found.doorbells)
+            judged = sum(found.verdicts.values())
+            if judged:
+                self._emit(Swept(verdicts=found.verdicts))
+
+    async def ring_silent(self) -> None:
+        """Ring for due jobs of the tiers whose queue is empty: their doorbells are lost."""
+        for tier in await self._empty_queues(self._tiers):
+            async with self._engine.begin() as connection:
+                doorbells = await connection.run_sync(sweeping.silent_doorbells, tier)
+            if doorbells:
+                self._ring(doorbells)
+                self._emit(Swept(verdicts={"silent": len(doorbells)}))
+
+    async def prune(self) -> None:
+        """Once a minute, delete what is older than the retention, a thousand jobs at a time."""
+        if not self._retention_s or time.monotonic() - self._pruned_at < PRUNE_EVERY_S:
+            return
+        self._pruned_at = time.monotonic()
+        floor = oldest_id(time.time() - self._retention_s)
+        pruned = limit = 1000
+        while pruned == limit:
+            async with self._engine.begin() as connection:
+                pruned = await connection.run_sync(
+                    sweeping.prune, floor=floor, age_s=self._retention_s, limit=limit
+                )
+
+
+def oldest_id(instant: float) -> uuid.UUID:
+    """The smallest UUIDv7 (RFC 9562) of an instant in seconds since 1970."""
+    return uuid.UUID(int=int(instant * 1000) << UUID7_RANDOM_BITS)
