@@ -10,6 +10,7 @@
     │   └── JobExpiredError
     ├── WaitTimeoutError            the job is not final yet; it goes on            (a TimeoutError)
     ├── StoreUnavailableError       Postgres can't be reached: nothing was accepted
+    ├── StoreRefusedError           Postgres did not take a statement
     └── ProviderError               a provider's call failed; see `retries.classify`
 
 The docstring of a class is its default message; facts are attributes, never prompts or outputs.
@@ -88,6 +89,12 @@ class StoreUnavailableError(PromptFleetError):
     """The database can't be reached, so nothing was accepted."""
 
     code = "store_unavailable"
+
+
+class StoreRefusedError(PromptFleetError):
+    """The database refused a statement."""
+
+    code = "store_refused"
 
 
 class ProviderError(PromptFleetError):

@@ -9,11 +9,11 @@ import asyncio
 from collections.abc import Sequence
 
 from kombu.exceptions import OperationalError
+
 from promptfleet_shared.fleet import Fleet, load_fleet
 from promptfleet_shared.queueing import Ringer, make_celery, queue_depths
 from promptfleet_shared.settings import Settings, default_worker_name, load_settings
-from promptfleet_shared.store.engines import make_async_engine, make_engine
-
+from promptfleet_shared.store.database import AsyncDatabase, Database
 from promptfleet_workers import gate, tasks
 from promptfleet_workers.batching import Slots
 from promptfleet_workers.cache import RedisCache
@@ -46,10 +46,10 @@ class Builder:
         """Build the parts of a worker that serves these tiers, on its event loop."""
         settings, fleet = self._settings, self._fleet
         url = settings.database_url.get_secret_value()
-        engine = make_async_engine(
+        database = AsyncDatabase(
             url, application_name="promptfleet-worker", pool_size=settings.database_pool_size
         )
-        beat_engine = make_engine(url, application_name="promptfleet-heartbeat", pool_size=1)
+        beats = Database(url, application_name="promptfleet-heartbeat")
         client = HttpClient()
         providers = {
             deployment.name: build_provider(deployment, client)
@@ -60,7 +60,7 @@ class Builder:
         calls = sum(fleet.batch_options(tier).max_concurrent_calls for tier in tiers) or 1
         slots, claims, emit = Slots(calls), Claims(), emit_to([LogHook()])
         endings = Endings(
-            engine=engine,
+            database=database,
             fleet=fleet,
             cache=cache,
             pricer=Pricer(),
@@ -71,7 +71,7 @@ class Builder:
             emit=emit,
         )
         pipeline = Pipeline(
-            engine=engine,
+            database=database,
             fleet=fleet,
             router=Router(fleet, providers),
             cache=cache,
@@ -85,7 +85,7 @@ class Builder:
             emit=emit,
         )
         sweeper = Sweeper(
-            engine=engine,
+            database=database,
             tiers=tiers,
             interval_s=settings.sweep_interval_s,
             retention_s=settings.retention_days * SECONDS_A_DAY,
@@ -93,14 +93,14 @@ class Builder:
             empty_queues=_empty_queues,
             emit=emit,
         )
-        heartbeat = Heartbeat(beat_engine, claims, lease_s=settings.lease_s, on_loop=loop.call)
+        heartbeat = Heartbeat(beats, claims, lease_s=settings.lease_s, on_loop=loop.call)
 
         async def close() -> None:
             for provider in providers.values():
                 await provider.aclose()
             await client.aclose()
             await cache.aclose()
-            await engine.dispose()
+            await database.close()
             self._ringer.flush()
 
         return Parts(

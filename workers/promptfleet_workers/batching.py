@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 
 from promptfleet_shared.fleet import BatchOptions
+from promptfleet_shared.queueing import MAX_IDS
 
 
 class DoorbellWait:
@@ -86,13 +87,14 @@ class BatchWindow:
 class Slots:
     """How many jobs a worker holds, against how many it may: what opens and shuts its queues.
 
-    A worker that took more ids than it can call would keep them from an idle one. The eighth that
-    it may hold beyond its calls bridges the time from a call's end to the next one's claim.
+    A worker that took more ids than it can call would keep them from an idle one. The few that it
+    may hold beyond its calls (a quarter, a doorbell's worth at most) bridge the time from a call's
+    end to the next one's claim.
     """
 
     def __init__(self, calls: int) -> None:
         """For a worker that may have `calls` provider calls in flight."""
-        self._margin = max(1, calls // 8)
+        self._margin = max(1, min(calls // 4, MAX_IDS))
         self._limit = calls + self._margin
         self.held = 0
 

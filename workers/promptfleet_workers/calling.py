@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 import orjson
+
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import BatchOptions, Fleet
 from promptfleet_shared.jobs import JobError, JobKind, JobState
-
 from promptfleet_workers.claims import Claims
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.providers.protocol import Answer, Call, Completion

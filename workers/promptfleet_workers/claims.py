@@ -9,10 +9,10 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 
-import sqlalchemy as sa
+from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.jobs import ClaimedJob
 from promptfleet_shared.store import claims as store
-from sqlalchemy import exc
+from promptfleet_shared.store.database import Database
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        engine: sa.Engine,
+        database: Database,
         claims: Claims,
         *,
         lease_s: float,
@@ -105,12 +105,12 @@ class Heartbeat:
         """Start nothing yet.
 
         Args:
-            engine: For this thread alone.
+            database: For this thread alone.
             claims: What to keep alive.
             lease_s: Seconds that each beat gives.
             on_loop: Calls a function on the event loop's thread.
         """
-        self._engine = engine
+        self._database = database
         self._claims = claims
         self._lease_s = lease_s
         self._on_loop = on_loop
@@ -135,17 +135,18 @@ class Heartbeat:
         while not self._stop.wait(self.interval_s):
             try:
                 self.beat()
-            except exc.SQLAlchemyError as error:
+            except (StoreRefusedError, StoreUnavailableError) as error:
                 # The leases run on: if this lasts, others take over and the fence tells us.
-                log.warning("heartbeat_failed", extra={"error": type(error).__name__})
+                log.warning("heartbeat_failed", extra={"error": str(error)})
 
     def beat(self) -> None:
         """Extend all leases once, and abort what was lost or cancelled."""
         held = self._claims.fences()
         if not held:
             return
-        with self._engine.begin() as connection:
-            alive = store.heartbeat(connection, held, lease_s=self._lease_s)
+        alive = self._database.run(
+            lambda connection: store.heartbeat(connection, held, lease_s=self._lease_s)
+        )
         for job_id, fence in held.items():
             cancelled = alive.get(job_id)
             if cancelled is None:

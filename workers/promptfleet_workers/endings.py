@@ -17,8 +17,8 @@ from promptfleet_shared.jobs import (
     Outcome,
     Release,
 )
-from sqlalchemy.ext.asyncio import AsyncEngine
-
+from promptfleet_shared.store.database import AsyncDatabase
+from promptfleet_shared.store.finishing import storable_text
 from promptfleet_workers.batching import Slots, Ticket
 from promptfleet_workers.cache import ResponseCache, encode_completion
 from promptfleet_workers.claims import Abort, Claims
@@ -38,7 +38,7 @@ class Endings:
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
+        database: AsyncDatabase,
         fleet: Fleet,
         cache: ResponseCache,
         pricer: Pricer,
@@ -57,7 +57,7 @@ class Endings:
         self._ring = ring
         self._emit = emit
         self._finisher = Finisher(
-            engine, patience_s=patience_s, on_written=self._written, on_released=self._released
+            database, patience_s=patience_s, on_written=self._written, on_released=self._released
         )
         self._tickets: dict[uuid.UUID, Ticket] = {}
         self._to_cache: dict[uuid.UUID, tuple[str, bytes, int]] = {}
@@ -241,7 +241,8 @@ class Endings:
         if work.key is None or candidate is not work.route[0]:
             return
         section = self._fleet.cache
-        if len(completion.response) <= section.max_value_bytes:
+        whole = storable_text(completion.text) == completion.text
+        if whole and len(completion.response) <= section.max_value_bytes:
             ttl_s = work.job.cache.ttl_s or section.ttl_s
             self._to_cache[work.job.id] = (work.key, encode_completion(completion), ttl_s)
 

@@ -6,55 +6,82 @@ from types import MethodType
 from typing import Any, ClassVar
 
 from celery import Celery, bootsteps
+
 from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.tiers import tier_of_queue
-
 from promptfleet_workers.worker import FleetWorker
 
 TICK_S = 0.02
 """Celery's loop sleeps until something happens; free slots are seen by the next tick."""
+FLUSH_EVENTS_S = 0.25
+EVENTS_BUFFERED = 500
+
+
+class FleetStep(bootsteps.StartStopStep):
+    """Starts the worker after Celery's pool and stops it before, so that waiting tasks can end."""
+
+    requires: ClassVar[set[str]] = {"celery.worker.components:Pool"}
+
+    def start(self, parent: Any) -> None:
+        """Start for the queues that `-Q` names.
+
+        Raises:
+            ConfigurationError: The pool can't wait for an event loop.
+        """
+        pool = parent.pool_cls.__module__
+        if not pool.endswith((".thread", ".solo")):
+            msg = f"the pool must be threads, not {pool}: start the worker with --pool=threads"
+            raise ConfigurationError(msg)
+        tiers = [tier_of_queue(name) for name in parent.app.amqp.queues.consume_from]
+        parent.app.fleet_worker.start([tier for tier in tiers if tier is not None])
+
+    def stop(self, parent: Any) -> None:
+        """Drain and stop."""
+        parent.app.fleet_worker.stop()
+
+
+class GateStep(bootsteps.StartStopStep):
+    """Shuts the queues while no slot is free, so that idle workers take the jobs."""
+
+    requires: ClassVar[set[str]] = {"celery.worker.consumer.tasks:Tasks"}
+
+    def __init__(self, parent: Any, **options: Any) -> None:
+        """Celery makes it."""
+        super().__init__(parent, **options)
+        self._timers: list[Any] = []
+
+    def start(self, parent: Any) -> None:
+        """Ask for room before each look at the queues; anew with each connection."""
+        worker: FleetWorker = parent.app.fleet_worker
+        qos = parent.task_consumer.channel.qos
+        celery_may = qos.can_consume
+
+        def can_consume(_: Any) -> bool:
+            return worker.wants_work and bool(celery_may())
+
+        qos.can_consume = MethodType(can_consume, qos)
+        self._timers.append(parent.timer.call_repeatedly(TICK_S, _nothing))
+        self._flush_events_seldom(parent)
+
+    def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
+        """Forget the timers of a lost connection."""
+        while self._timers:
+            self._timers.pop().cancel()
+
+    def _flush_events_seldom(self, parent: Any) -> None:
+        # Celery publishes its events at every turn of the loop, at 0.3 ms a message; Flower is as
+        # happy with four times a second.
+        events = parent.event_dispatcher
+        if events is None or events.on_send_buffered is None:
+            return
+        events.on_send_buffered = None
+        events.buffer_limit = EVENTS_BUFFERED
+        self._timers.append(parent.timer.call_repeatedly(FLUSH_EVENTS_S, events.flush))
 
 
 def install(app: Celery, worker: FleetWorker) -> None:
     """Tie the worker's life to Celery's, by its bootsteps."""
-
-    class FleetStep(bootsteps.StartStopStep):
-        """Starts after the pool and stops before it, so that waiting tasks can end."""
-
-        requires: ClassVar[set[str]] = {"celery.worker.components:Pool"}
-
-        def start(self, parent: Any) -> None:
-            pool = parent.pool_cls.__module__
-            if not pool.endswith((".thread", ".solo")):
-                msg = f"the pool must be threads, not {pool}: start the worker with --pool=threads"
-                raise ConfigurationError(msg)
-            tiers = [tier_of_queue(name) for name in parent.app.amqp.queues.consume_from]
-            worker.start([tier for tier in tiers if tier is not None])
-
-        def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-            worker.stop()
-
-    class GateStep(bootsteps.StartStopStep):
-        """Shuts the queues while no slot is free, so that idle workers take the jobs."""
-
-        requires: ClassVar[set[str]] = {"celery.worker.consumer.tasks:Tasks"}
-        _tick: Any = None
-
-        def start(self, parent: Any) -> None:
-            qos = parent.task_consumer.channel.qos
-            celery_may = qos.can_consume
-
-            def can_consume(_: Any) -> bool:
-                return worker.wants_work and bool(celery_may())
-
-            qos.can_consume = MethodType(can_consume, qos)
-            self._tick = parent.timer.call_repeatedly(TICK_S, _nothing)
-
-        def stop(self, parent: Any) -> None:  # noqa: ARG002 - Celery's signature
-            if self._tick is not None:
-                self._tick.cancel()
-                self._tick = None
-
+    app.fleet_worker = worker
     app.steps["worker"].add(FleetStep)
     app.steps["consumer"].add(GateStep)
 

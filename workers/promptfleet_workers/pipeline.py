@@ -9,19 +9,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 
+from uuid_utils.compat import uuid7
+
+from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.fleet import Fleet
 from promptfleet_shared.jobs import CacheMode, CacheStatus, Doorbell, JobError
 from promptfleet_shared.store import claims as claims_store
-from sqlalchemy import exc
-from sqlalchemy.ext.asyncio import AsyncEngine
-from uuid_utils.compat import uuid7
-
+from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.batching import Batcher, DoorbellWait, Slots, Ticket
 from promptfleet_workers.cache import ResponseCache, cache_key, decode_completion
 from promptfleet_workers.calling import Caller, plan_requests
 from promptfleet_workers.claims import Abort, Claims
 from promptfleet_workers.endings import Endings
-from promptfleet_workers.finishing import insist
 from promptfleet_workers.routing import Router
 from promptfleet_workers.telemetry import BatchClaimed, Emit
 from promptfleet_workers.work import Batch, Work
@@ -38,7 +37,7 @@ class Pipeline:
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
+        database: AsyncDatabase,
         fleet: Fleet,
         router: Router,
         cache: ResponseCache,
@@ -52,7 +51,7 @@ class Pipeline:
         emit: Emit,
     ) -> None:
         """Put the parts together; nothing runs yet."""
-        self._engine = engine
+        self._database = database
         self._fleet = fleet
         self._router = router
         self._cache = cache
@@ -103,15 +102,14 @@ class Pipeline:
     async def _claim(self, tier: str, tickets: list[Ticket]) -> list[Work]:
         fresh = self._without_twins(tickets)
         try:
-            jobs = await insist(
-                self._engine,
+            jobs = await self._database.insist(
                 lambda connection: claims_store.claim(
                     connection, list(fresh), worker=self._worker, lease_s=self._lease_s
                 ),
                 patience_s=CLAIM_PATIENCE_S,
             )
-        except exc.SQLAlchemyError as error:
-            log.warning("claim_failed", extra={"jobs": len(fresh), "error": type(error).__name__})
+        except (StoreRefusedError, StoreUnavailableError) as error:
+            log.warning("claim_failed", extra={"jobs": len(fresh), "error": str(error)})
             jobs = []  # the sweeper rings again
         self._claims.hold(jobs)
         claimed_at = time.monotonic()

@@ -10,6 +10,7 @@ from decimal import Decimal
 
 from genai_prices import data_snapshot
 from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
+
 from promptfleet_shared.jobs import Usage
 
 FREE = "free"

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from promptfleet_shared.fleet import Deployment, Fleet, TimeoutOptions
 from promptfleet_shared.jobs import ClaimedJob
-
 from promptfleet_workers.providers.protocol import Provider
 
 

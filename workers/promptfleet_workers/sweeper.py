@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.jobs import Doorbell
 from promptfleet_shared.store import sweeping
-from sqlalchemy import exc
-from sqlalchemy.ext.asyncio import AsyncEngine
-
+from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.telemetry import Emit, Swept
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Sweeper:
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
+        database: AsyncDatabase,
         tiers: Sequence[str],
         interval_s: float,
         retention_s: float,
@@ -39,7 +39,7 @@ class Sweeper:
         """Sweep nothing yet.
 
         Args:
-            engine: Of the loop that `run` runs on.
+            database: Used on the loop that `run` runs on.
             tiers: Whose queues are watched for silence.
             interval_s: Seconds between two sweeps.
             retention_s: Seconds that ended jobs are kept; 0 keeps them for ever.
@@ -47,7 +47,7 @@ class Sweeper:
             empty_queues: Those of the tiers whose queue holds no message.
             emit: Told what was found.
         """
-        self._engine = engine
+        self._database = database
         self._tiers = tiers
         self._interval_s = interval_s
         self._retention_s = retention_s
@@ -65,16 +65,15 @@ class Sweeper:
                 await self.sweep()
                 await self.ring_silent()
                 await self.prune()
-            except (exc.SQLAlchemyError, OSError) as error:
-                log.warning("sweep_failed", extra={"error": type(error).__name__})
+            except (StoreRefusedError, StoreUnavailableError) as error:
+                log.warning("sweep_failed", extra={"error": str(error)})
 
     async def sweep(self) -> None:
         """Judge all jobs that are due now."""
         limit = 500
         judged = limit
         while judged == limit:
-            async with self._engine.begin() as connection:
-                found = await connection.run_sync(sweeping.sweep, limit=limit)
+            found = await self._database.run(lambda c: sweeping.sweep(c, limit=limit))
             self._ring(found.doorbells)
             judged = sum(found.verdicts.values())
             if judged:
@@ -83,8 +82,8 @@ class Sweeper:
     async def ring_silent(self) -> None:
         """Ring for due jobs of the tiers whose queue is empty: their doorbells are lost."""
         for tier in await self._empty_queues(self._tiers):
-            async with self._engine.begin() as connection:
-                doorbells = await connection.run_sync(sweeping.silent_doorbells, tier)
+            ring_for = functools.partial(sweeping.silent_doorbells, tier=tier)
+            doorbells = await self._database.run(ring_for)
             if doorbells:
                 self._ring(doorbells)
                 self._emit(Swept(verdicts={"silent": len(doorbells)}))
@@ -97,10 +96,9 @@ class Sweeper:
         floor = oldest_id(time.time() - self._retention_s)
         pruned = limit = 1000
         while pruned == limit:
-            async with self._engine.begin() as connection:
-                pruned = await connection.run_sync(
-                    sweeping.prune, floor=floor, age_s=self._retention_s, limit=limit
-                )
+            pruned = await self._database.run(
+                lambda c: sweeping.prune(c, floor=floor, age_s=self._retention_s, limit=limit)
+            )
 
 
 def oldest_id(instant: float) -> uuid.UUID:

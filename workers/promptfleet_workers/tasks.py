@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from celery import Celery, Task
+
 from promptfleet_shared.queueing import RUN_PROMPTS, ids_of
 from promptfleet_shared.tiers import tier_of_queue
 

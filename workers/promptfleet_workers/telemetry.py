@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
+
 from promptfleet_shared.jobs import Outcome, Release
 
 

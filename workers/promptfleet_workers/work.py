@@ -7,7 +7,6 @@ import time
 import uuid
 
 from promptfleet_shared.jobs import CacheStatus, ClaimedJob
-
 from promptfleet_workers.routing import Candidate
 
 

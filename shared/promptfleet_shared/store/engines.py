@@ -35,6 +35,7 @@ def _options(application_name: str, pool_size: int) -> dict[str, Any]:
         "max_overflow": pool_size,
         "pool_pre_ping": False,  # costs a round trip a checkout; a broken connection is retried
         "pool_recycle": 1800,
+        "hide_parameters": True,  # prompts and outputs are among them
         "connect_args": {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "application_name": application_name,

@@ -38,9 +38,9 @@ WITH input AS (
                          provider, deployment, input_tokens, cached_tokens, output_tokens,
                          reasoning_tokens, cost_usd, cache, attempts, calls, batch_id, batch_size,
                          queued_ms, provider_ms, total_ms, metadata, created_at, finished_at)
-    SELECT job_id, tenant, tier, state, text, CAST(response AS json), finish_reason, error, model, provider,
-           deployment, input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost_usd,
-           cache, attempt, all_calls, batch_id, batch_size, queued_ms, provider_ms,
+    SELECT job_id, tenant, tier, state, text, CAST(response AS json), finish_reason, error, model,
+           provider, deployment, input_tokens, cached_tokens, output_tokens, reasoning_tokens,
+           cost_usd, cache, attempt, all_calls, batch_id, batch_size, queued_ms, provider_ms,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
            finished_at
       FROM done JOIN input ON id = job_id

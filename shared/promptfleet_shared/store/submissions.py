@@ -26,8 +26,8 @@ WITH input AS (
 INSERT INTO jobs (id, tenant, tier, kind, model, request, input_tokens, priority, cache, metadata,
                   idempotency_key, request_digest, callback_url, created_at, run_at, rung_at,
                   deadline, sweep_at)
-SELECT id, tenant, tier, kind, model, CAST(request AS json), input_tokens, priority, cache, metadata,
-       idempotency_key, decode(request_digest, 'hex'), callback_url, now, now, now,
+SELECT id, tenant, tier, kind, model, CAST(request AS json), input_tokens, priority, cache,
+       metadata, idempotency_key, decode(request_digest, 'hex'), callback_url, now, now, now,
        now + deadline_s * interval '1 second',
        now + least(deadline_s, :ring_grace_s) * interval '1 second'
   FROM input, clock

@@ -53,7 +53,8 @@ class AnthropicProvider:
     def __init__(self, deployment: Deployment, client: HttpClient) -> None:
         """Prepare the endpoint of `deployment`; `client` stays its owner's to close."""
         self._client = client
-        headers = {"anthropic-version": API_VERSION, **deployment.headers}
+        headers = {"anthropic-version": API_VERSION}
+        headers |= {key.lower(): value for key, value in deployment.headers.items()}
         secret = (deployment.secret() or "").strip()
         if secret:
             headers.setdefault("x-api-key", secret)

@@ -34,6 +34,24 @@ class HttpResponse:
     body: bytes
 
 
+class _Post(httpx.Request):
+    """A POST whose parts are ready, so that httpx need not put them together again."""
+
+    def __init__(
+        self, url: httpx.URL, headers: httpx.Headers, body: bytes, extensions: dict[str, Any]
+    ) -> None:
+        self.method = "POST"
+        self.url = url
+        self.headers = headers
+        self.extensions = extensions
+        self._body = body
+
+    @property
+    def content(self) -> bytes:
+        """The body."""
+        return self._body
+
+
 class Endpoint:
     """A URL with its prepared headers; what is the same for every request is done once."""
 
@@ -42,14 +60,12 @@ class Endpoint:
         self._url = httpx.URL(url)
         # aiohttp takes its own kind of headers as they are and converts any other, item by item.
         self._headers = cast(
-            "httpx.Headers", CIMultiDict({"content-type": "application/json", **headers})
+            "httpx.Headers", CIMultiDict({"content-type": "application/json", **_lower(headers)})
         )
 
     def request(self, body: bytes, extensions: dict[str, Any]) -> httpx.Request:
         """A POST of `body`."""
-        request = httpx.Request("POST", self._url, content=body, extensions=extensions)
-        request.headers = self._headers
-        return request
+        return _Post(self._url, self._headers, body, extensions)
 
 
 class HttpClient:
@@ -73,11 +89,11 @@ class HttpClient:
         """
         extensions = {"timeout": {"connect": timeouts.connect_timeout_ms / 1000}}
         try:
-            async with asyncio.timeout(timeouts.first_byte_timeout_ms / 1000):
-                response = await self._transport.handle_async_request(
-                    endpoint.request(body, extensions)
-                )
-            received = await _read(response, timeouts.idle_timeout_ms / 1000)
+            # One timer serves for the first byte and then for each pause.
+            async with asyncio.timeout(timeouts.first_byte_timeout_ms / 1000) as timer:
+                request = endpoint.request(body, extensions)
+                response = await self._transport.handle_async_request(request)
+                received = await _read(response, timer, timeouts.idle_timeout_ms / 1000)
             return HttpResponse(response.status_code, response.headers, received)
         except TimeoutError:
             message = "the provider did not answer in time"
@@ -90,38 +106,54 @@ class HttpClient:
         await self._transport.aclose()
 
 
-async def _read(response: httpx.Response, idle_s: float) -> bytes:
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers by lower-case names, so that those of a configuration replace ours."""
+    return {name.lower(): value for name, value in headers.items()}
+
+
+async def _read(response: httpx.Response, timer: asyncio.Timeout, idle_s: float) -> bytes:
     """The decoded body, refused once it is too long, given up once it stalls."""
     stream = cast("httpx.AsyncByteStream", response.stream)
     pieces = []
     size = 0
-    loop = asyncio.get_running_loop()
+    clock = asyncio.get_running_loop().time
+    heard_at = clock()
+    timer.reschedule(heard_at + idle_s)
     try:
-        async with asyncio.timeout(idle_s) as idle:
-            async for piece in stream:
-                idle.reschedule(loop.time() + idle_s)
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_RESPONSE_BYTES:
-                    raise _too_large()
+        async for piece in stream:
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_RESPONSE_BYTES:
+                raise _too_large()
+            if clock() - heard_at > idle_s / 16:  # setting the timer for each piece would cost
+                heard_at = clock()
+                timer.reschedule(heard_at + idle_s)
     finally:
         await stream.aclose()
     body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    encoding = response.headers.get("content-encoding", "identity")
+    encoding = _encoding(response)
     return body if encoding == "identity" else _decompressed(body, encoding)
+
+
+def _encoding(response: httpx.Response) -> str:
+    """The response's content encoding; httpx would decode every header to find it."""
+    for name, value in response.headers.raw:
+        if name.lower() == b"content-encoding":
+            return value.decode("latin-1").strip().lower()
+    return "identity"
 
 
 def _decompressed(body: bytes, encoding: str) -> bytes:
     """The body of a compressed response: no longer than the cap, however small it came."""
     if encoding not in {"gzip", "deflate"}:
         message = f"the response is encoded as {encoding!r}, which was not asked for"
-        raise ProviderError(message, code="bad_response")
+        raise ProviderError(message, code="bad_response", unknown_outcome=True)
     inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
     try:
         plain = inflate.decompress(body, MAX_RESPONSE_BYTES + 1)
     except zlib.error:
         message = "the compressed response is damaged"
-        raise ProviderError(message, code="bad_response") from None
+        raise ProviderError(message, code="bad_response", unknown_outcome=True) from None
     if len(plain) > MAX_RESPONSE_BYTES:
         raise _too_large()
     if not inflate.eof:

@@ -43,7 +43,7 @@ class OpenAIProvider:
     def __init__(self, deployment: Deployment, client: HttpClient) -> None:
         """Prepare the endpoints of `deployment`; `client` stays its owner's to close."""
         self._client = client
-        headers = dict(deployment.headers)
+        headers = {key.lower(): value for key, value in deployment.headers.items()}
         secret = (deployment.secret() or "").strip()
         if secret:
             headers.setdefault("authorization", f"Bearer {secret}")

@@ -1,0 +1,279 @@
+"""The HTTP client against servers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.fleet import TimeoutOptions
+from promptfleet_workers.providers import http
+from promptfleet_workers.providers.http import Endpoint, HttpClient, HttpResponse
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+PATIENT = TimeoutOptions()
+HASTY = TimeoutOptions(first_byte_timeout_ms=100, idle_timeout_ms=100)
+
+
+@contextlib.asynccontextmanager
+async def serving(handler: Handler) -> AsyncIterator[str]:
+    """A server that hands each connection, its first request read, to `handler`."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await handler(reader, writer)
+        except ConnectionError:
+            pass  # the client has gone, as it should
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/v1/chat/completions"
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    length = next(
+        int(line.split(":")[1])
+        for line in head.splitlines()
+        if line.lower().startswith("content-length:")
+    )
+    return head, await reader.readexactly(length)
+
+
+def replying(*pieces: bytes) -> Handler:
+    """Read a request, send `pieces`, close."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+
+    return handler
+
+
+async def post(handler: Handler, timeouts: TimeoutOptions = PATIENT) -> HttpResponse:
+    async with serving(handler) as url:
+        client = HttpClient()
+        try:
+            return await client.post(Endpoint(url, {}), b'{"a":1}', timeouts)
+        finally:
+            await client.aclose()
+
+
+async def failure(handler: Handler, timeouts: TimeoutOptions = PATIENT) -> ProviderError:
+    with pytest.raises(ProviderError) as caught:
+        await post(handler, timeouts)
+    return caught.value
+
+
+def with_length(body: bytes, headers: bytes = b"") -> bytes:
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n%b\r\n%b" % (len(body), headers, body)
+
+
+async def test_a_whole_response_with_its_status_and_headers() -> None:
+    head = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 2\r\n\r\n{}"
+
+    response = await post(replying(head))
+
+    assert (response.status, response.headers["retry-after"], response.body) == (429, "7", b"{}")
+
+
+async def test_body_and_headers_arrive_and_the_connection_is_kept() -> None:
+    seen: list[tuple[str, bytes]] = []
+    connections = 0
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        for _ in range(2):
+            seen.append(await read_request(reader))
+            writer.write(with_length(b"{}"))
+
+    async with serving(handler) as url:
+        client = HttpClient()
+        endpoint = Endpoint(url, {"Content-Type": "application/x-mine", "Authorization": "Bearer s"})
+        await client.post(endpoint, b'{"n":1}', PATIENT)
+        await client.post(endpoint, b'{"n":2}', PATIENT)
+        await client.aclose()
+
+    assert [body for _, body in seen] == [b'{"n":1}', b'{"n":2}']
+    assert connections == 1
+    head = seen[1][0].lower()
+    assert head.startswith("post /v1/chat/completions http/1.1\r\n")
+    assert "authorization: bearer s\r\n" in head
+    assert head.count("content-type:") == 1
+    assert "content-type: application/x-mine\r\n" in head
+    assert "accept-encoding: gzip, deflate\r\n" in head
+
+
+async def test_a_chunked_body_in_many_pieces_is_put_together() -> None:
+    response = await post(
+        replying(
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"2\r\n{}\r\n", b"1\r\n \r\n0\r\n\r\n"
+        )
+    )
+
+    assert response.body == b"{} "
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [(b"gzip", gzip.compress(b'{"a":1}')), (b"deflate", zlib.compress(b'{"a":1}'))],
+)
+async def test_a_compressed_body_is_unpacked(encoding: bytes, body: bytes) -> None:
+    response = await post(replying(with_length(body, b"content-encoding: %b\r\n" % encoding)))
+
+    assert response.body == b'{"a":1}'
+
+
+async def test_a_refused_connection_cost_nothing() -> None:
+    async with serving(replying()) as url:
+        pass  # now nobody listens there
+
+    client = HttpClient()
+    with pytest.raises(ProviderError) as caught:
+        await client.post(Endpoint(url, {}), b"{}", PATIENT)
+    await client.aclose()
+
+    assert (caught.value.code, caught.value.unknown_outcome) == ("connect_error", False)
+
+
+async def test_an_unknown_host_cost_nothing() -> None:
+    client = HttpClient()
+    with pytest.raises(ProviderError) as caught:
+        await client.post(Endpoint("http://nowhere.invalid/v1", {}), b"{}", PATIENT)
+    await client.aclose()
+
+    assert (caught.value.code, caught.value.unknown_outcome) == ("connect_error", False)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param((), id="before the response"),
+        pytest.param((b"HTTP/1.1 200 OK\r\ncontent-le",), id="in the headers"),
+        pytest.param((b'HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"a"',), id="in the body"),
+        pytest.param(
+            (b'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\n{"a"\r\n',), id="in chunks"
+        ),
+        pytest.param((b"220 mail.example ESMTP\r\n",), id="with another protocol"),
+    ],
+)
+async def test_a_connection_lost_in_mid_call_may_have_cost_something(
+    pieces: tuple[bytes, ...],
+) -> None:
+    error = await failure(replying(*pieces))
+
+    assert (error.code, error.unknown_outcome) == ("connection_lost", True)
+
+
+@pytest.mark.parametrize(
+    "beginning", [b"", b'HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"a"'], ids=["head", "body"]
+)
+async def test_a_stall_ends_at_its_timer(beginning: bytes) -> None:
+    gone = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(beginning)
+        assert await reader.read() == b""  # until the client gives up
+        gone.set()
+
+    async with asyncio.timeout(10):
+        error = await failure(handler, HASTY)
+        await gone.wait()
+
+    assert (error.code, error.unknown_outcome) == ("timeout", True)
+
+
+async def test_the_idle_timer_starts_anew_with_each_piece() -> None:
+    pieces = 5
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % pieces)
+        for _ in range(pieces):
+            await asyncio.sleep(0.15)  # the behaviour under test is one in time
+            writer.write(b"x")
+
+    response = await post(handler, TimeoutOptions(idle_timeout_ms=600))
+
+    assert response.body == b"x" * pieces
+
+
+async def test_an_endless_body_is_refused_while_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "MAX_RESPONSE_BYTES", 100_000)
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n")
+        while True:
+            writer.write(b" " * 16_384)
+            await writer.drain()
+
+    async with asyncio.timeout(10):
+        error = await failure(handler)
+
+    assert (error.code, error.unknown_outcome) == ("response_too_large", True)
+
+
+async def test_a_small_body_that_unpacks_to_a_huge_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "MAX_RESPONSE_BYTES", 100_000)
+    bomb = gzip.compress(b" " * 100_001)
+
+    error = await failure(replying(with_length(bomb, b"content-encoding: gzip\r\n")))
+
+    assert (error.code, error.unknown_outcome) == ("response_too_large", True)
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "code"),
+    [
+        (gzip.compress(b'{"a":1}')[:-4], b"gzip", "connection_lost"),
+        (b"no gzip at all", b"gzip", "bad_response"),
+        (b"anything", b"br", "bad_response"),
+    ],
+)
+async def test_a_damaged_compressed_body_may_have_cost_something(
+    body: bytes, encoding: bytes, code: str
+) -> None:
+    error = await failure(replying(with_length(body, b"content-encoding: %b\r\n" % encoding)))
+
+    assert (error.code, error.unknown_outcome) == (code, True)
+
+
+async def test_a_cancelled_call_closes_its_connection() -> None:
+    arrived, gone = asyncio.Event(), asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        arrived.set()
+        assert await reader.read() == b""
+        gone.set()
+
+    async with serving(handler) as url, asyncio.timeout(10):
+        client = HttpClient()
+        task = asyncio.create_task(client.post(Endpoint(url, {}), b"{}", PATIENT))
+        await arrived.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await gone.wait()
+        await client.aclose()
+
+
+async def test_a_message_shows_nothing_of_the_response() -> None:
+    error = await failure(replying(b"HTTP/1.1 200 OK\r\nthe secret prompt\r\n\r\n"))
+
+    assert "secret" not in error.message

@@ -1,0 +1,1 @@
+"""A provider that answers nothing real: for development, tests and benchmarks."""
