@@ -78,7 +78,6 @@ class Builder:
             claims=claims,
             endings=endings,
             caller=Caller(fleet=fleet, claims=claims, endings=endings, calls=calls),
-            slots=slots,
             worker=settings.worker_name or default_worker_name(),
             lease_s=settings.lease_s,
             ring=self._ringer.ring,
@@ -133,9 +132,7 @@ app.conf.update(
     worker_hijack_root_logger=True,
     task_acks_late=False,
 )
-worker = FleetWorker(
-    Builder(settings, fleet, Ringer(app, window_s=settings.doorbell_window_ms / 1000)),
-    drain_s=settings.drain_s,
-)
+ringer = Ringer(app, window_s=settings.doorbell_window_ms / 1000)
+worker = FleetWorker(Builder(settings, fleet, ringer), drain_s=settings.drain_s, ring=ringer.ring)
 tasks.register(app, worker.run)
 gate.install(app, worker)

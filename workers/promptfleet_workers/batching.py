@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -95,18 +96,30 @@ class Slots:
     def __init__(self, calls: int) -> None:
         """For a worker that may have `calls` provider calls in flight."""
         self._margin = max(1, min(calls // 4, MAX_IDS))
-        self._limit = calls + self._margin
-        self.held = 0
-
-    @property
-    def free(self) -> int:
-        """Ids that may be taken now."""
-        return max(0, self._limit - self.held)
+        self._free = calls + self._margin
+        self._lock = threading.Lock()
 
     @property
     def wants_work(self) -> bool:
         """True if the next doorbell is worth taking from the queue."""
-        return self.free >= self._margin
+        return self._free >= self._margin
+
+    def take(self, wanted: int) -> int:
+        """Take up to `wanted` slots; returns how many there were. From any thread."""
+        with self._lock:
+            taken = min(wanted, self._free)
+            self._free -= taken
+        return taken
+
+    def give_back(self) -> None:
+        """One slot is free again."""
+        with self._lock:
+            self._free += 1
+
+    def shut(self) -> None:
+        """Hand out no slot any more."""
+        with self._lock:
+            self._free = -1_000_000_000
 
 
 FlushBatch = Callable[[str, list[Ticket]], Awaitable[None]]
@@ -140,9 +153,9 @@ class Batcher:
         if window.closes_at is not None and window.closes_at != was_open:
             loop.call_at(window.closes_at, self._close, tier, window)
 
-    def clear(self) -> list[tuple[str, Ticket]]:
+    def clear(self) -> list[tuple[str, list[Ticket]]]:
         """Take back all that is gathered and not yet flushed, for a worker that drains."""
-        return [(tier, t) for tier, window in self._windows.items() for t in window.clear()]
+        return [(tier, window.clear()) for tier, window in self._windows.items()]
 
     def _close(self, tier: str, window: BatchWindow) -> None:
         # The loop's clock may stand a hair before the time it was asked to call at.

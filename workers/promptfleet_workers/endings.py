@@ -77,7 +77,7 @@ class Endings:
 
     def settle(self, ticket: Ticket) -> None:
         """Nothing (more) will happen to this ticket here."""
-        self._slots.held -= 1
+        self._slots.give_back()
         ticket.wait.settle()
 
     def leads(self, work: Work) -> bool:

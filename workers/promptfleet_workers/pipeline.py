@@ -16,7 +16,7 @@ from promptfleet_shared.fleet import Fleet
 from promptfleet_shared.jobs import CacheMode, CacheStatus, Doorbell, JobError
 from promptfleet_shared.store import claims as claims_store
 from promptfleet_shared.store.database import AsyncDatabase
-from promptfleet_workers.batching import Batcher, DoorbellWait, Slots, Ticket
+from promptfleet_workers.batching import Batcher, DoorbellWait, Ticket
 from promptfleet_workers.cache import ResponseCache, cache_key, decode_completion
 from promptfleet_workers.calling import Caller, plan_requests
 from promptfleet_workers.claims import Abort, Claims
@@ -28,7 +28,6 @@ from promptfleet_workers.work import Batch, Work
 log = logging.getLogger(__name__)
 
 CLAIM_PATIENCE_S = 30.0
-MOST_URGENT = 9
 
 
 class Pipeline:
@@ -44,7 +43,6 @@ class Pipeline:
         claims: Claims,
         endings: Endings,
         caller: Caller,
-        slots: Slots,
         worker: str,
         lease_s: float,
         ring: Callable[[Iterable[Doorbell]], None],
@@ -58,7 +56,6 @@ class Pipeline:
         self._claims = claims
         self._endings = endings
         self._caller = caller
-        self._slots = slots
         self._worker = worker
         self._lease_s = lease_s
         self._ring = ring
@@ -67,15 +64,12 @@ class Pipeline:
         self._draining = False
 
     def take(self, tier: str, ids: Sequence[uuid.UUID], wait: DoorbellWait) -> None:
-        """Gather the ids that there is room for; the rest goes back to the head of the queue."""
-        room = 0 if self._draining else self._slots.free
-        taken, excess = ids[:room], ids[room:]
-        self._slots.held += len(taken)
-        self._batcher.add(tier, [Ticket(job_id, wait) for job_id in taken])
-        if excess:
-            self._ring_first((tier, job_id) for job_id in excess)
-        for _ in excess:
-            wait.settle()
+        """Gather ids, for which the slots are taken."""
+        tickets = [Ticket(job_id, wait) for job_id in ids]
+        if self._draining:
+            self._hand_back(tier, tickets)
+        else:
+            self._batcher.add(tier, tickets)
 
     async def run_batch(self, tier: str, tickets: list[Ticket]) -> None:
         """See a batch through until all its calls have started."""
@@ -89,10 +83,8 @@ class Pipeline:
     async def drain(self, patience_s: float) -> None:
         """Claim nothing new, let what runs end, and give back what has not by then."""
         self._draining = self._caller.draining = True
-        waiting = self._batcher.clear()
-        for _, ticket in waiting:
-            self._endings.settle(ticket)
-        self._ring_first((tier, ticket.job_id) for tier, ticket in waiting)
+        for tier, tickets in self._batcher.clear():
+            self._hand_back(tier, tickets)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._claims.idle.wait(), patience_s)
         self._claims.abort_all(Abort.DRAINED)
@@ -171,8 +163,8 @@ class Pipeline:
         )
         return options.mode is CacheMode.USE
 
-    def _ring_first(self, ids: Iterable[tuple[str, uuid.UUID]]) -> None:
-        # These ids had come to the front already, and Redis' most urgent list is consumed first.
-        self._ring(
-            [Doorbell(job_id=job_id, tier=tier, priority=MOST_URGENT) for tier, job_id in ids]
-        )
+    def _hand_back(self, tier: str, tickets: Sequence[Ticket]) -> None:
+        """Leave unclaimed jobs to another worker."""
+        self._ring([Doorbell(job_id=ticket.job_id, tier=tier) for ticket in tickets])
+        for ticket in tickets:
+            self._endings.settle(ticket)

@@ -7,8 +7,9 @@ import dataclasses
 import gc
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from promptfleet_shared.jobs import MAX_PRIORITY, Doorbell
 from promptfleet_workers.batching import DoorbellWait, Slots
 from promptfleet_workers.claims import Heartbeat
 from promptfleet_workers.event_loop import EventLoop
@@ -35,14 +36,22 @@ BuildParts = Callable[[Sequence[str], EventLoop], Awaitable[Parts]]
 class FleetWorker:
     """What Celery's threads talk to."""
 
-    def __init__(self, build: BuildParts, *, drain_s: float) -> None:
+    def __init__(
+        self,
+        build: BuildParts,
+        *,
+        drain_s: float,
+        ring: Callable[[Iterable[Doorbell]], None],
+    ) -> None:
         """Start nothing yet.
 
         Args:
             build: Makes the parts for the tiers that this worker serves; runs on the loop.
             drain_s: Seconds that running jobs have to end when the worker stops.
+            ring: Rings doorbells in the background.
         """
         self._build = build
+        self._ring = ring
         self._drain_s = drain_s
         self._loop = EventLoop()
         self._parts: Parts | None = None
@@ -65,14 +74,24 @@ class FleetWorker:
         return self._parts is not None and self._parts.slots.wants_work
 
     def run(self, tier: str, ids: Sequence[uuid.UUID]) -> None:
-        """See to the jobs of a doorbell; returns when each has been."""
-        if self._parts is None:
-            msg = "the worker is not running"
-            raise RuntimeError(msg)
+        """See to the jobs of a doorbell; returns when each has been.
+
+        What there are no slots for goes back to the head of the queue, for whoever has them.
+        """
+        parts = self._parts
+        room = 0 if parts is None else parts.slots.take(len(ids))
+        taken, excess = ids[:room], ids[room:]
+        if excess:
+            # They had come to the front already, and the most urgent list is consumed first.
+            self._ring([Doorbell(job_id=i, tier=tier, priority=MAX_PRIORITY) for i in excess])
+        if parts is not None and taken:
+            self._see_to(parts, tier, taken)
+
+    def _see_to(self, parts: Parts, tier: str, ids: Sequence[uuid.UUID]) -> None:
         wait = DoorbellWait(len(ids))
         self._waits.add(wait)
         try:
-            self._loop.call(self._parts.pipeline.take, tier, ids, wait)
+            self._loop.call(parts.pipeline.take, tier, ids, wait)
             wait.done.result()
         finally:
             self._waits.discard(wait)
@@ -82,6 +101,7 @@ class FleetWorker:
         if self._parts is None:
             return
         parts, self._parts = self._parts, None
+        parts.slots.shut()
         try:
             self._loop.run(self._stop(parts), timeout_s=self._drain_s + 10)
         except TimeoutError:
