@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import TimeoutOptions
 from promptfleet_workers.providers import http
@@ -100,7 +101,9 @@ async def test_body_and_headers_arrive_and_the_connection_is_kept() -> None:
 
     async with serving(handler) as url:
         client = HttpClient()
-        endpoint = Endpoint(url, {"Content-Type": "application/x-mine", "Authorization": "Bearer s"})
+        endpoint = Endpoint(
+            url, {"Content-Type": "application/x-mine", "Authorization": "Bearer s"}
+        )
         await client.post(endpoint, b'{"n":1}', PATIENT)
         await client.post(endpoint, b'{"n":2}', PATIENT)
         await client.aclose()
@@ -118,7 +121,9 @@ async def test_body_and_headers_arrive_and_the_connection_is_kept() -> None:
 async def test_a_chunked_body_in_many_pieces_is_put_together() -> None:
     response = await post(
         replying(
-            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"2\r\n{}\r\n", b"1\r\n \r\n0\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
+            b"2\r\n{}\r\n",
+            b"1\r\n \r\n0\r\n\r\n",
         )
     )
 

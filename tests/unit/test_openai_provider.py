@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import httpx
 import pytest
+
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Deployment, TimeoutOptions
 from promptfleet_shared.jobs import JobKind, Usage
@@ -303,7 +304,11 @@ async def test_a_body_without_an_answer_never_succeeds(body: bytes) -> None:
         ({"error": {"message": "m", "code": 429}}, "http_429", 429),
         ([{"error": {"code": 503, "status": "UNAVAILABLE"}}], "unavailable", 503),
         ({"error": "busy", "error_type": "overloaded"}, "overloaded", 200),
-        ({"object": "error", "message": "m", "type": "ServerError", "code": 500}, "servererror", 500),
+        (
+            {"object": "error", "message": "m", "type": "ServerError", "code": 500},
+            "servererror",
+            500,
+        ),
         (chat(error={"code": 502, "message": "m"}, finish_reason="error"), "http_502", 502),
     ],
 )
@@ -330,7 +335,11 @@ async def test_an_error_in_a_success_is_a_failure(body: Any, code: str, status: 
             {"error": {"type": "BadRequestError", "message": "maximum context length is 5"}},
             "context_length_exceeded",
         ),
-        (400, {"error": {"code": 400, "type": "exceed_context_size_error"}}, "exceed_context_size_error"),
+        (
+            400,
+            {"error": {"code": 400, "type": "exceed_context_size_error"}},
+            "exceed_context_size_error",
+        ),
         (400, {"error": ["surprise"]}, "http_400"),
         (400, {"error": {"code": ["a"], "type": {"b": 1}}}, "http_400"),
     ],
@@ -349,9 +358,7 @@ async def test_a_message_never_repeats_the_providers_words() -> None:
 
 
 @pytest.mark.parametrize(("status", "is_unknown"), [(504, True), (408, True), (429, False)])
-async def test_behind_a_gateway_the_work_may_have_been_done(
-    status: int, is_unknown: bool
-) -> None:
+async def test_behind_a_gateway_the_work_may_have_been_done(status: int, is_unknown: bool) -> None:
     assert (await failure(b"", status)).unknown_outcome is is_unknown
 
 

@@ -11,6 +11,7 @@ import pytest
 from genai_prices import data_snapshot
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promptfleet_shared.jobs import Usage
 from promptfleet_workers import pricing
 from promptfleet_workers.pricing import Pricer
@@ -99,11 +100,11 @@ def test_the_cost_is_what_genai_prices_computes(
 
 
 def test_prices_that_depend_on_the_hour_follow_the_clock() -> None:
-    now = dt.datetime(2025, 7, 1, 12, 0, tzinfo=dt.UTC)
-    pricer = Pricer(clock=lambda: now.timestamp())
+    now = dt.datetime(2025, 7, 1, 12, 0, tzinfo=dt.UTC).timestamp()
+    pricer = Pricer(clock=lambda: now)
     by_day = pricer.cost("deepseek", "deepseek-chat", USAGE)
 
-    now = now.replace(hour=20)  # the discount of that time: 16:30 to 00:30
+    now += 8 * 3600  # 20:00; the discount of that time: 16:30 to 00:30
 
     by_night = pricer.cost("deepseek", "deepseek-chat", USAGE)
     assert by_day is not None
@@ -114,9 +115,12 @@ def test_prices_that_depend_on_the_hour_follow_the_clock() -> None:
 def test_a_model_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_for: list[tuple[str, str]] = []
     find = pricing._model
-    monkeypatch.setattr(
-        pricing, "_model", lambda *names: looked_for.append(names) or find(*names)
-    )
+
+    def count(provider: str, model: str) -> object:
+        looked_for.append((provider, model))
+        return find(provider, model)
+
+    monkeypatch.setattr(pricing, "_model", count)
     pricer = Pricer(clock=lambda: 0.0)
 
     for _ in range(3):

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promptfleet_shared.jobs import Usage
 from promptfleet_workers.providers.responses import (
     estimate_tokens,
@@ -36,7 +37,13 @@ DATE = "Tue, 14 Nov 2023 22:13:20 GMT"
         ({"retry-after": "later"}, None),
         ({"retry-after": "1e99"}, 7 * 86_400),
         ({"retry-after": "Tue, 14 Nov 2023 22:14:00 GMT"}, 40),
-        ({"retry-after": "Tue, 14 Nov 2023 22:14:00 GMT", "date": "Tue, 14 Nov 2023 22:13:50 GMT"}, 10),
+        (
+            {
+                "retry-after": "Tue, 14 Nov 2023 22:14:00 GMT",
+                "date": "Tue, 14 Nov 2023 22:13:50 GMT",
+            },
+            10,
+        ),
         ({"retry-after": DATE, "date": "nonsense"}, 0),
         ({"retry-after": "Mon, 13 Nov 2023 22:13:20 GMT"}, 0),
         ({"retry-after": "Tue, 99 Nov 2023 22:13:20 GMT"}, None),

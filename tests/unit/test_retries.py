@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import RetryOptions
 from promptfleet_workers.retries import Verdict, classify, delay_s
@@ -25,7 +26,7 @@ RETRY, DEFER, NEXT, FINAL = Verdict.RETRY, Verdict.DEFER, Verdict.NEXT, Verdict.
         ("content_filter", 400, FINAL, FINAL),
         ("invalid_api_key", 401, NEXT, FINAL),
         ("model_not_found", 404, NEXT, FINAL),
-        ("server_error", 500, RETRY, RETRY),
+        ("deadline_exceeded", 504, RETRY, RETRY),
         # ours
         ("connect_error", None, NEXT, RETRY),
         ("unsupported", None, NEXT, FINAL),
@@ -38,6 +39,8 @@ RETRY, DEFER, NEXT, FINAL = Verdict.RETRY, Verdict.DEFER, Verdict.NEXT, Verdict.
         ("invalid_request_error", 400, FINAL, FINAL),
         ("invalid_request_error", 401, NEXT, FINAL),
         ("invalid_request_error", 413, NEXT, FINAL),
+        ("server_error", 500, RETRY, RETRY),
+        ("server_error", 503, DEFER, DEFER),
         ("something_new", 500, RETRY, RETRY),
         ("something_new", 503, DEFER, DEFER),
         ("something_new", 200, RETRY, RETRY),

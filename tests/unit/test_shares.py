@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promptfleet_shared.jobs import Usage
 from promptfleet_workers.providers.shares import allocate, allocate_usage
 

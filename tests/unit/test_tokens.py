@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+
 from promptfleet_shared import tokens
 from promptfleet_shared.tokens import TokenCounter, encoding_name
 
@@ -158,7 +159,7 @@ def test_many_processes_unpack_at_once_and_none_downloads(tmp_path: Path) -> Non
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(4)
+        for _ in range(3)
     ]
     for process in processes:
         assert process.stdin is not None
@@ -166,7 +167,7 @@ def test_many_processes_unpack_at_once_and_none_downloads(tmp_path: Path) -> Non
         process.stdin = None
     outputs = [process.communicate(timeout=60)[0] for process in processes]
 
-    assert outputs == ["4\n"] * 4
+    assert outputs == ["4\n"] * 3
     # The digest that tiktoken itself asks for
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()]
     assert digests == ["446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"]

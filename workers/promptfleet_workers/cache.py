@@ -189,7 +189,7 @@ def cache_key(namespace: str, tenant: str, model: str, kind: JobKind, request: s
 # -- values ----------------------------------------------------------------------------------
 
 # A value is this head, the facts as JSON, and the response's bytes; the two latter may be
-# compressed. The checksum is that of all that follows the head.
+# compressed. The checksum is that of all that follows the head, begun with what stands before it.
 _HEAD = struct.Struct(">BBII")  # version, flags, length of the facts, CRC-32
 _VERSION = 1
 _COMPRESSED = 1
@@ -218,7 +218,7 @@ def encode_completion(completion: Completion) -> bytes:
     if completion.text is not None and len(body) >= _COMPRESS_FROM:
         body = zlib.compress(body, 1)
         flags = _COMPRESSED
-    return _HEAD.pack(_VERSION, flags, len(facts), zlib.crc32(body)) + body
+    return _HEAD.pack(_VERSION, flags, len(facts), _checksum(body, flags, len(facts))) + body
 
 
 def decode_completion(value: bytes) -> Completion | None:
@@ -227,10 +227,10 @@ def decode_completion(value: bytes) -> Completion | None:
         return None
     version, flags, facts_length, checksum = _HEAD.unpack_from(value)
     body = value[_HEAD.size :]
-    if version != _VERSION or zlib.crc32(body) != checksum:
+    if version != _VERSION or _checksum(body, flags, facts_length) != checksum:
         return None
     try:
-        if flags & _COMPRESSED:
+        if flags == _COMPRESSED:
             body = zlib.decompressobj().decompress(body, _PLAIN_MAX)
         text, finish_reason, model, *counts = orjson.loads(body[:facts_length])
         size, cached, output, reasoning = counts
@@ -243,3 +243,7 @@ def decode_completion(value: bytes) -> Completion | None:
         usage=Usage(input=size, cached=cached, output=output, reasoning=reasoning),
         model=model,
     )
+
+
+def _checksum(body: bytes, flags: int, facts_length: int) -> int:
+    return zlib.crc32(body, (flags << 24) ^ facts_length)

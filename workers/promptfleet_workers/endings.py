@@ -17,8 +17,8 @@ from promptfleet_shared.jobs import (
     Outcome,
     Release,
 )
+from promptfleet_shared.store.claims import storable_text
 from promptfleet_shared.store.database import AsyncDatabase
-from promptfleet_shared.store.finishing import storable_text
 from promptfleet_workers.batching import Slots, Ticket
 from promptfleet_workers.cache import ResponseCache, encode_completion
 from promptfleet_workers.claims import Abort, Claims

@@ -45,7 +45,7 @@ class Pricer:
 
         Example:
             >>> Pricer().cost("openai", "gpt-4o", Usage(input=1_000, cached=100, output=10))
-            Decimal('0.002475')
+            Decimal('0.00247500')
         """
         key = (provider, model, price_as)
         kept = self._kept.get(key)

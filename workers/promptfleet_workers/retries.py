@@ -46,8 +46,8 @@ def _table(*rows: tuple[_Pair, Iterable[str]]) -> dict[str, _Pair]:
 
 
 # Codes come lower-cased. Ours are marked; the others are OpenAI's, Anthropic's, Google's,
-# llama.cpp's, vLLM's, TGI's and OpenRouter's. Vague ones ("invalid_request_error") are left out:
-# their status says more.
+# llama.cpp's, vLLM's, TGI's and OpenRouter's. Vague ones ("invalid_request_error", "server_error")
+# are left out: their status says more.
 _BY_CODE = _table(
     (
         _DEFER,
@@ -114,10 +114,7 @@ _BY_CODE = _table(
             "bad_response",
             "timeout",
             "connection_lost",
-            "server_error",
-            "internal_server_error",
             "internal",
-            "api_error",
             "timeout_error",
             "deadline_exceeded",
         ),

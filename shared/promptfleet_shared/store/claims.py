@@ -18,6 +18,7 @@ from promptfleet_shared.jobs import (
     JobKind,
     Release,
 )
+from promptfleet_shared.store.sweeping import MAX_CRASHES
 
 LEASE_S = 45.0
 """Seconds that a claim lasts without a heartbeat."""
@@ -30,10 +31,12 @@ WITH runnable AS MATERIALIZED (
     SELECT id AS job_id FROM jobs
      WHERE id = ANY(:ids) AND NOT cancel_requested AND deadline > clock_timestamp()
        AND (state = 'queued' AND run_at <= clock_timestamp()
-            OR state = 'running' AND lease_until < clock_timestamp())
+            OR state = 'running' AND lease_until < clock_timestamp()
+               AND crashes + 1 < :max_crashes)
      ORDER BY id FOR UPDATE SKIP LOCKED)
 UPDATE jobs SET state = 'running', attempt = attempt + 1, fence = fence + 1,
        crashes = crashes + CASE WHEN state = 'running' THEN 1 ELSE 0 END,
+       unknown_calls = unknown_calls + CASE WHEN state = 'running' THEN 1 ELSE 0 END,
        lease_owner = :worker, lease_until = clock_timestamp() + :lease_s * interval '1 second',
        sweep_at = least(sweep_at, clock_timestamp() + :lease_s * interval '1 second')
   FROM runnable WHERE id = job_id
@@ -41,7 +44,7 @@ RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, pri
           attempt, calls,
           greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
           extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s
-""")
+""").bindparams(max_crashes=MAX_CRASHES)
 
 _HEARTBEAT = sa.text("""
 WITH held AS (
@@ -65,7 +68,8 @@ WITH input AS (
 ), released AS (
     UPDATE jobs SET state = 'queued', lease_owner = NULL, lease_until = NULL,
            run_at = clock_timestamp() + locked.delay_s * interval '1 second',
-           sweep_at = least(deadline, clock_timestamp() + locked.delay_s * interval '1 second'),
+           sweep_at = CASE WHEN cancel_requested THEN clock_timestamp() ELSE least(deadline,
+                      clock_timestamp() + locked.delay_s * interval '1 second') END,
            attempt = attempt - CASE WHEN locked.counts THEN 0 ELSE 1 END,
            deferrals = deferrals + CASE WHEN locked.counts THEN 0 ELSE 1 END,
            calls = jobs.calls + locked.calls,
@@ -93,7 +97,8 @@ def claim(
     """Take those of the jobs that may run now, for `lease_s` seconds.
 
     An id that can't be claimed (running, final, not due, cancelled, overdue) is left out: its
-    doorbell was stale. Taking over a lapsed lease counts as a crash of its former owner.
+    doorbell was stale. Taking over a lapsed lease counts as a crash of its former owner, and the
+    one that would be a crash too many is left to the sweeper.
     """
     rows = connection.execute(_CLAIM, {"ids": list(ids), "worker": worker, "lease_s": lease_s})
     return [_claimed(row) for row in rows.all()]  # fetching one by one costs twice as much
@@ -171,4 +176,13 @@ def error_record(error: JobError | None) -> dict[str, Any] | None:
     """A job's error as JSON columns keep it."""
     if error is None:
         return None
-    return {"code": error.code, "message": error.message, "status": error.status}
+    return {"code": error.code, "message": storable_text(error.message), "status": error.status}
+
+
+def storable_text(text: str | None) -> str | None:
+    """The text as Postgres can hold it: NUL and lone surrogates become U+FFFD."""
+    if text is None or (text.isascii() and "\0" not in text):
+        return text
+    return (
+        text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )

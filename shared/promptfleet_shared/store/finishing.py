@@ -10,7 +10,7 @@ import orjson
 import sqlalchemy as sa
 
 from promptfleet_shared.jobs import Outcome
-from promptfleet_shared.store.claims import error_record
+from promptfleet_shared.store.claims import error_record, storable_text
 
 # The response travels as a string within the records' JSON: as JSON within JSON, Postgres would
 # refuse an escaped NUL in it, which a column of type json can hold as it came.
@@ -23,16 +23,17 @@ WITH input AS (
         calls int, unknown_calls int, batch_id uuid, batch_size int, queued_ms float8,
         provider_ms float8)
 ), locked AS MATERIALIZED (
-    SELECT id FROM jobs JOIN input ON id = job_id
+    SELECT id, fence FROM jobs JOIN input ON id = job_id
      WHERE fence = held_fence AND jobs.state = 'running' ORDER BY id FOR UPDATE OF jobs
 ), done AS (
     UPDATE jobs SET state = input.state, finished_at = clock_timestamp(), lease_owner = NULL,
            lease_until = NULL, calls = jobs.calls + input.calls,
            unknown_calls = jobs.unknown_calls + input.unknown_calls,
            last_error = coalesce(input.error, last_error)
-      FROM locked JOIN input ON locked.id = job_id WHERE jobs.id = locked.id
-    RETURNING jobs.id, tenant, tier, attempt, jobs.calls AS all_calls, metadata, callback_url,
-              created_at, finished_at
+      FROM locked JOIN input ON locked.id = job_id AND locked.fence = held_fence
+     WHERE jobs.id = locked.id
+    RETURNING jobs.id, jobs.fence, tenant, tier, attempt, jobs.calls AS all_calls, metadata,
+              callback_url, created_at, finished_at
 ), result AS (
     INSERT INTO results (job_id, tenant, tier, state, text, response, finish_reason, error, model,
                          provider, deployment, input_tokens, cached_tokens, output_tokens,
@@ -43,17 +44,17 @@ WITH input AS (
            cost_usd, cache, attempt, all_calls, batch_id, batch_size, queued_ms, provider_ms,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
            finished_at
-      FROM done JOIN input ON id = job_id
+      FROM done JOIN input ON id = job_id AND fence = held_fence
 ), paid AS (
     INSERT INTO ledger (job_id, tenant, tier, model, provider, deployment, calls, unknown_calls,
                         input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost_usd)
     SELECT job_id, tenant, tier, model, provider, deployment, calls, unknown_calls, input_tokens,
            cached_tokens, output_tokens, reasoning_tokens, cost_usd
-      FROM done JOIN input ON id = job_id WHERE calls > 0
+      FROM done JOIN input ON id = job_id AND fence = held_fence WHERE calls > 0
 ), outbox AS (
     INSERT INTO callbacks (job_id, tenant, url, event)
     SELECT id, tenant, callback_url, 'prompt.' || state
-      FROM done JOIN input ON id = job_id WHERE callback_url IS NOT NULL
+      FROM done JOIN input ON id = job_id AND fence = held_fence WHERE callback_url IS NOT NULL
 )
 SELECT id FROM done
 """)
@@ -67,15 +68,6 @@ def finish(connection: sa.Connection, outcomes: Sequence[Outcome]) -> set[uuid.U
     """
     records = orjson.dumps([_record(outcome) for outcome in outcomes])
     return set(connection.execute(_FINISH, {"records": records.decode()}).scalars().all())
-
-
-def storable_text(text: str | None) -> str | None:
-    """The text as Postgres can hold it: NUL and lone surrogates become U+FFFD."""
-    if text is None or (text.isascii() and "\0" not in text):
-        return text
-    return (
-        text.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    )
 
 
 def _record(outcome: Outcome) -> dict[str, Any]:

@@ -58,6 +58,9 @@ def insert_jobs(connection: sa.Connection, specs: Sequence[JobSpec]) -> list[uui
     digests = {spec.id: request_digest(spec) for spec in keyed}
     unique = _first_of_each_key(keyed, digests)
     fresh = [s for s in specs if s.idempotency_key is None or unique[_key(s)] == s.id]
+    if keyed:
+        # Two callers that insert the same keys must wait for each other in the same order.
+        fresh.sort(key=lambda spec: (spec.tenant, spec.idempotency_key or ""))
     records = orjson.dumps([_record(spec, digests.get(spec.id)) for spec in fresh])
     inserted = set(connection.execute(_INSERT, {"records": records.decode()}).scalars().all())
     if keyed and len(inserted) < len(fresh):

@@ -54,12 +54,16 @@ def upgrade() -> None:
         sa.Column("finished_at", sa.DateTime(timezone=True)),
         sa.PrimaryKeyConstraint("id", name="jobs_pkey"),
         sa.CheckConstraint(
-            f"state IN ('queued', 'running', 'submitted', {FINAL})", name="jobs_state_check"
+            "state IN ('cancelled', 'expired', 'failed', 'queued', 'running', 'submitted',"
+            " 'succeeded')",
+            name=op.f("jobs_state_check"),
         ),
-        sa.CheckConstraint("kind IN ('chat', 'completion', 'embedding')", name="jobs_kind_check"),
-        sa.CheckConstraint("priority BETWEEN 0 AND 9", name="jobs_priority_check"),
         sa.CheckConstraint(
-            f"(state IN ({FINAL})) = (finished_at IS NOT NULL)", name="jobs_finished_check"
+            "kind IN ('chat', 'completion', 'embedding')", name=op.f("jobs_kind_check")
+        ),
+        sa.CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("jobs_priority_check")),
+        sa.CheckConstraint(
+            f"(state IN ({FINAL})) = (finished_at IS NOT NULL)", name=op.f("jobs_finished_check")
         ),
     )
     op.create_index(
@@ -102,9 +106,9 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         _instant("finished_at"),
         sa.PrimaryKeyConstraint("job_id", name="results_pkey"),
-        sa.CheckConstraint(f"state IN ({FINAL})", name="results_state_check"),
+        sa.CheckConstraint(f"state IN ({FINAL})", name=op.f("results_state_check")),
         sa.CheckConstraint(
-            "cache IN ('coalesced', 'hit', 'miss', 'off')", name="results_cache_check"
+            "cache IN ('coalesced', 'hit', 'miss', 'off')", name=op.f("results_cache_check")
         ),
     )
     op.create_table(
