@@ -1,1 +1,71 @@
 """Enqueue prompts and read their results."""
+
+from promptfleet.async_client import AsyncClient
+from promptfleet.client import Client
+from promptfleet.default_client import (
+    cancel,
+    enqueue_prompt,
+    enqueue_prompts,
+    get_result,
+    wait_for_result,
+)
+from promptfleet.handles import AsyncPromptJob, PromptJob
+from promptfleet.options import PromptOptions
+from promptfleet.requests import Message, Prompt
+from promptfleet_shared.errors import (
+    ConfigurationError,
+    IdempotencyConflictError,
+    InvalidRequestError,
+    JobCancelledError,
+    JobExpiredError,
+    JobFailedError,
+    JobNotFoundError,
+    PromptFleetError,
+    StoreRefusedError,
+    StoreUnavailableError,
+    WaitTimeoutError,
+)
+from promptfleet_shared.jobs import (
+    CacheMode,
+    CacheOptions,
+    CacheStatus,
+    JobError,
+    JobKind,
+    JobState,
+    Result,
+    Usage,
+)
+
+__all__ = [
+    "AsyncClient",
+    "AsyncPromptJob",
+    "CacheMode",
+    "CacheOptions",
+    "CacheStatus",
+    "Client",
+    "ConfigurationError",
+    "IdempotencyConflictError",
+    "InvalidRequestError",
+    "JobCancelledError",
+    "JobError",
+    "JobExpiredError",
+    "JobFailedError",
+    "JobKind",
+    "JobNotFoundError",
+    "JobState",
+    "Message",
+    "Prompt",
+    "PromptFleetError",
+    "PromptJob",
+    "PromptOptions",
+    "Result",
+    "StoreRefusedError",
+    "StoreUnavailableError",
+    "Usage",
+    "WaitTimeoutError",
+    "cancel",
+    "enqueue_prompt",
+    "enqueue_prompts",
+    "get_result",
+    "wait_for_result",
+]

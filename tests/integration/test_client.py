@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 from pydantic import SecretStr
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -36,6 +37,7 @@ from promptfleet import (
     JobFailedError,
     JobNotFoundError,
     JobState,
+    StoreRefusedError,
     StoreUnavailableError,
     WaitTimeoutError,
 )
@@ -194,6 +196,17 @@ def test_without_tables_it_says_what_to_do(settings: Settings, database: sa.Engi
         client.enqueue_prompt("hello")
 
 
+def test_a_refused_statement_shows_no_prompt(settings: Settings, database: sa.Engine) -> None:
+    with database.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE jobs ADD CHECK (tier <> 'basic')"))
+    with Client(settings, engine=database) as client:
+        with pytest.raises(StoreRefusedError, match="CheckViolation") as caught:
+            client.enqueue_prompt("the " + "secret of the prompt", tier="basic")
+        shown = "".join(traceback.TracebackException.from_exception(caught.value).format())
+        assert "the secret" not in shown
+        assert client.enqueue_prompt("hello", tier="standard").state() is JobState.QUEUED
+
+
 def test_stale_connections_are_replaced(
     client: Client, database: sa.Engine, admin: sa.Engine
 ) -> None:
@@ -236,7 +249,7 @@ def test_a_connection_that_is_lost_after_the_commit(
             cursor.connection.close()
             raise exc.OperationalError(statement, None, Exception(), connection_invalidated=True)
 
-    sa.event.listen(engine, "after_cursor_execute", lose)
+    event.listen(engine, "after_cursor_execute", lose)
     with Client(settings, engine=engine) as client:
         job = client.enqueue_prompt("hello", idempotency_key=key)
     engine.dispose()
@@ -376,7 +389,7 @@ def test_many_jobs_are_waited_for_with_few_statements(
     settings: Settings, database: sa.Engine
 ) -> None:
     statements: list[str] = []
-    sa.event.listen(
+    event.listen(
         database,
         "before_cursor_execute",
         lambda connection, cursor, statement, *_: statements.append(statement),
@@ -557,12 +570,15 @@ async def test_a_sync_client_within_run_sync(
 async def test_sessions_of_the_other_kind_are_refused(
     settings: Settings, async_database: AsyncEngine, database: sa.Engine
 ) -> None:
-    wrong: Any
-    async with AsyncClient(settings) as async_client, AsyncSession(async_database) as wrong:
-        with Client(settings) as client, pytest.raises(InvalidRequestError, match="AsyncClient"):
-            client.enqueue_prompt("hello", session=wrong)
-        with Session(database) as wrong, pytest.raises(InvalidRequestError, match=r"to Client"):
-            await async_client.enqueue_prompt("hello", session=wrong)
+    a_sync: Any = Session(database)
+    an_async: Any = AsyncSession(async_database)
+    with Client(settings) as client, pytest.raises(InvalidRequestError, match="AsyncClient"):
+        client.enqueue_prompt("hello", session=an_async)
+    async with AsyncClient(settings) as async_client:
+        with pytest.raises(InvalidRequestError, match=r"belongs to Client"):
+            await async_client.enqueue_prompt("hello", session=a_sync)
+    a_sync.close()
+    await an_async.close()
 
 
 # -- processes ----------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class Slots:
     def take(self, wanted: int) -> int:
         """Take up to `wanted` slots; returns how many there were. From any thread."""
         with self._lock:
-            taken = min(wanted, self._free)
+            taken = max(0, min(wanted, self._free))
             self._free -= taken
         return taken
 
@@ -156,6 +156,11 @@ class Batcher:
     def clear(self) -> list[tuple[str, list[Ticket]]]:
         """Take back all that is gathered and not yet flushed, for a worker that drains."""
         return [(tier, window.clear()) for tier, window in self._windows.items()]
+
+    async def idle(self) -> None:
+        """Wait until no batch is being flushed."""
+        while self._running:
+            await asyncio.wait(self._running)
 
     def _close(self, tier: str, window: BatchWindow) -> None:
         # The loop's clock may stand a hair before the time it was asked to call at.

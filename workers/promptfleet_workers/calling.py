@@ -91,6 +91,8 @@ class Caller:
             self._slots.release()
             return
         task = asyncio.create_task(self._run(live))
+        # Not a `finally` within: a task that is cancelled before its first step runs none of it.
+        task.add_done_callback(lambda _: self._ended(live))
         self._claims.work(task, [work.job for work in live])
         self._keep(task)
 
@@ -128,11 +130,12 @@ class Caller:
                 if not work.ended:
                     message = f"a bug in the worker or its provider ({name})"
                     self._endings.fail(work, JobError(code="internal", message=message))
-        finally:
-            self._slots.release()
-            self._claims.rest([work.job for work in works])
-            for work in works:
-                self._endings.given_up(work)
+
+    def _ended(self, works: list[Work]) -> None:
+        self._slots.release()
+        self._claims.rest([work.job for work in works])
+        for work in works:
+            self._endings.given_up(work)
 
     async def _call(self, works: list[Work]) -> None:
         """Try the candidates in order until there is nothing left to try the next one for."""
@@ -143,13 +146,18 @@ class Caller:
             for work, answer in zip(works, answers, strict=True):
                 if isinstance(answer, Completion):
                     self._endings.succeed(work, answer, candidate)
-                elif candidate is not route[-1] and classify(answer).verdict is Verdict.NEXT:
+                elif self._may_ask_next(work, answer, candidate):
                     unanswered.append(work)
                 else:
                     self._judge(work, answer, candidate)
             works = unanswered
             if not works:
                 return
+
+    @staticmethod
+    def _may_ask_next(work: Work, error: ProviderError, candidate: Candidate) -> bool:
+        is_last = candidate is work.route[-1]
+        return not is_last and work.remaining_s > 0 and classify(error).verdict is Verdict.NEXT
 
     async def _ask(self, candidate: Candidate, works: list[Work]) -> Sequence[Answer]:
         """One request to one deployment, within its time and the jobs' deadlines."""

@@ -92,7 +92,7 @@ class Finisher:
                 lambda connection: finishing_store.finish(connection, outcomes),
                 patience_s=self._patience_s,
             )
-        except StoreRefusedError as error:
+        except (StoreRefusedError, TypeError, ValueError) as error:  # the latter: not UTF-8
             if len(outcomes) > 1:
                 # One outcome that Postgres refuses must not take its neighbours along.
                 for outcome in outcomes:

@@ -73,6 +73,9 @@ class Pipeline:
 
     async def run_batch(self, tier: str, tickets: list[Ticket]) -> None:
         """See a batch through until all its calls have started."""
+        if self._draining:
+            self._hand_back(tier, tickets)
+            return
         works = await self._claim(tier, tickets)
         routed = [work for work in works if self._has_route(work)]
         misses = await self._answer_from_cache(routed)
@@ -88,6 +91,7 @@ class Pipeline:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._claims.idle.wait(), patience_s)
         self._claims.abort_all(Abort.DRAINED)
+        await self._batcher.idle()  # what was being claimed is given back at once
         await self._caller.idle()
         await self._endings.drain()
 

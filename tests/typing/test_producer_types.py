@@ -1,0 +1,74 @@
+"""What users write, as mypy and pyright see it; it runs too, without servers."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import assert_type
+
+from promptfleet import (
+    AsyncClient,
+    AsyncPromptJob,
+    CacheOptions,
+    Client,
+    InvalidRequestError,
+    JobState,
+    Prompt,
+    PromptJob,
+    PromptOptions,
+    Result,
+    cancel,
+    enqueue_prompt,
+    enqueue_prompts,
+    get_result,
+    wait_for_result,
+)
+from promptfleet.testing import EnqueuedPrompt, FakeFleet, fake_fleet
+
+
+def test_functions() -> None:
+    with fake_fleet("yes") as fleet:
+        assert_type(fleet, FakeFleet)
+        job = enqueue_prompt(
+            [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
+            tier="basic",
+            temperature=0,
+            stop=["a"],
+            deadline=dt.timedelta(hours=1),
+            cache=CacheOptions(ttl_s=60),
+        )
+        assert_type(job, PromptJob)
+        assert_type(job.state(), JobState)
+        assert_type(job.result(timeout=1), Result)
+        assert_type(job.cancel(), bool)
+        assert_type(get_result(job.id), Result | None)
+        assert_type(wait_for_result(str(job.id), 1.5), Result)
+        assert_type(cancel(job.id), bool)
+        assert_type(fleet.assert_enqueued(tier="basic"), EnqueuedPrompt)
+
+
+def test_options_are_checked() -> None:
+    shared: PromptOptions = {"tier": "basic", "max_tokens": 100}
+    own: Prompt = {"prompt": "b", "idempotency_key": "k"}
+    with fake_fleet():
+        jobs = enqueue_prompts(["a", own, [{"role": "user", "content": "c"}]], **shared)
+        assert_type(jobs, list[PromptJob])
+        try:
+            enqueue_prompt("a", tier=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        except InvalidRequestError as error:
+            assert_type(error.field, str)
+        else:
+            raise AssertionError
+
+
+async def test_clients() -> None:
+    with fake_fleet(lambda prompt: prompt.text):
+        with Client() as client:
+            assert_type(client.enqueue_prompt("a", cache=False), PromptJob)
+            for result in client.as_completed([client.enqueue_prompt("b").id]):
+                assert_type(result, Result)
+        async with AsyncClient() as async_client:
+            job = await async_client.enqueue_prompt("a", cache="refresh")
+            assert_type(job, AsyncPromptJob)
+            assert_type(await job.result(), Result)
+            async for result in async_client.as_completed([job.id]):
+                assert_type(result, Result)
