@@ -3,6 +3,7 @@
 Every option can be overridden by a flag, or by an environment variable such as FLOWER_PORT.
 A login is set by FLOWER_BASIC_AUTH=user:password; Flower then asks its API's callers for it, too.
 """
+# ruff: noqa: INP001 - Flower reads it as a script; it is in no package
 
 import os
 

@@ -8,11 +8,15 @@ import logging
 import os
 import threading
 import uuid
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# The first doorbell may be rung at exit, when this can no longer be imported.
+import kombu.transport.redis  # noqa: F401
 from celery import Celery
+from kombu import pools
 from kombu.entity import Queue
 from kombu.exceptions import OperationalError
 
@@ -133,8 +137,7 @@ class Ringer:
         self._app = app
         self._window_s = window_s
         self._start_empty()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
+        _ringers.add(self)
         atexit.register(self.close)
 
     def _start_empty(self) -> None:
@@ -150,13 +153,15 @@ class Ringer:
         with self._changed:
             if self._closed:
                 return
+            idle = not self._waiting
             self._waiting.extend(doorbells)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="promptfleet-ringer", daemon=True
                 )
                 self._thread.start()
-            self._changed.notify_all()
+            elif idle:  # else the window is open already and nobody needs to wake
+                self._changed.notify_all()
 
     def flush(self, timeout_s: float = PUBLISH_TIMEOUT_S) -> bool:
         """Wait until all that was queued is sent or dropped; False if that took too long."""
@@ -175,12 +180,10 @@ class Ringer:
             self._changed.notify_all()
         atexit.unregister(self.close)
 
-    def _after_fork(self) -> None:
-        # The parent's thread sends what was queued; its socket must not be shared.
+    def start_afresh(self) -> None:
+        """Begin again in a forked child: the parent's thread sends what was queued there."""
         self._start_empty()
-        with contextlib.suppress(Exception):  # a connection that can't be dropped is not ours
-            self._app.pool.force_close_all()
-        self._app = _reconnected(self._app)
+        self._app = _reconnected(self._app)  # the parent's socket must not be shared
 
     def _run(self) -> None:
         while True:
@@ -192,12 +195,27 @@ class Ringer:
                 batch, self._waiting, self._busy = self._waiting, [], True
             try:
                 publish(self._app, batch)
-            except (OperationalError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # the thread must outlive any doorbell
                 log.warning("doorbell_dropped", extra={"jobs": len(batch), "error": repr(error)})
             finally:
                 with self._changed:
                     self._busy = False
                     self._changed.notify_all()
+
+
+_ringers: weakref.WeakSet[Ringer] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # kombu keeps its pools by URL for the whole process: a new app alone would find the parent's.
+    pools.producers.clear()
+    pools.connections.clear()
+    for ringer in list(_ringers):
+        ringer.start_afresh()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _reconnected(app: Celery) -> Celery:

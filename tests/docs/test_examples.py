@@ -124,7 +124,8 @@ def _check_command(line: str, where: str) -> None:
 
 
 def _check_part(line: str, where: str) -> None:
-    line = re.sub(r"\$\((promptfleet [^)]*)\)", lambda m: _check_command(m[1], where) or "x", line)
+    for inner in re.findall(r"\$\((promptfleet [^)]*)\)", line):
+        _check_part(inner, where)
     words = shlex.split(line)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         _check_variable(words.pop(0).partition("=")[0], where)

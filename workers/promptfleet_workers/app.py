@@ -111,7 +111,7 @@ async def _empty_queues(tiers: Sequence[str]) -> list[str]:
     loop = asyncio.get_running_loop()
     try:
         depths = await loop.run_in_executor(None, queue_depths, app, tiers)
-    except (OperationalError, OSError):
+    except (OperationalError, OSError, *app.connection_for_read().recoverable_connection_errors):
         return []  # nothing can be rung now, either
     return [tier for tier, depth in depths.items() if depth == 0]
 

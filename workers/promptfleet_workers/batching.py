@@ -90,19 +90,21 @@ class Slots:
 
     A worker that took more ids than it can call would keep them from an idle one. The few that it
     may hold beyond its calls (a quarter, a doorbell's worth at most) bridge the time from a call's
-    end to the next one's claim.
+    end to the next one's claim. A job that has ended gives its slot back before it is written; but
+    while the database lags behind by as many jobs again, no more are taken.
     """
 
     def __init__(self, calls: int) -> None:
         """For a worker that may have `calls` provider calls in flight."""
         self._margin = max(1, min(calls // 4, MAX_IDS))
-        self._free = calls + self._margin
+        self._size = self._free = calls + self._margin
+        self._unwritten = 0
         self._lock = threading.Lock()
 
     @property
     def wants_work(self) -> bool:
         """True if the next doorbell is worth taking from the queue."""
-        return self._free >= self._margin
+        return self._free >= self._margin and self._unwritten <= self._size
 
     def take(self, wanted: int) -> int:
         """Take up to `wanted` slots; returns how many there were. From any thread."""
@@ -115,6 +117,15 @@ class Slots:
         """One slot is free again."""
         with self._lock:
             self._free += 1
+
+    def ended(self) -> None:
+        """A job's slot is free again, and its end is still to be written."""
+        self._unwritten += 1
+        self.give_back()
+
+    def written(self) -> None:
+        """The end of a job is written."""
+        self._unwritten -= 1
 
     def shut(self) -> None:
         """Hand out no slot any more."""

@@ -76,7 +76,7 @@ class Endings:
         return job_id in self._tickets
 
     def settle(self, ticket: Ticket) -> None:
-        """Nothing (more) will happen to this ticket here."""
+        """Nothing will happen to this ticket here: its job is not ours to run."""
         self._slots.give_back()
         ticket.wait.settle()
 
@@ -204,6 +204,7 @@ class Endings:
                 self.give_back(work, 0.0, counts=False)
             case Abort.FENCED:
                 work.ended = True
+                self._slots.ended()
                 self._forget([work.job.id])
                 self._promote_follower(work)
         return True
@@ -218,6 +219,7 @@ class Endings:
 
     def _finish(self, work: Work, end: Outcome | Release) -> None:
         work.ended = True
+        self._slots.ended()
         self._finisher.add(end)
 
     def _dismiss(self, work: Work) -> list[Work]:
@@ -270,4 +272,5 @@ class Endings:
         for job_id in ids:
             ticket = self._tickets.pop(job_id, None)
             if ticket is not None:
-                self.settle(ticket)
+                self._slots.written()
+                ticket.wait.settle()

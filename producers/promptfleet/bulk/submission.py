@@ -155,6 +155,7 @@ class Submission:
         Raises:
             StoreUnavailableError: The database was away for two minutes.
         """
+        self._on_progress(self.counts)
         pause = _FIRST_PAUSE_S
         more = True
         while more or self._in_flight:

@@ -10,7 +10,7 @@ import typer
 
 from promptfleet.cli.environment import DEFAULT_DATA_DIR, DataDir, find_settings, without_password
 from promptfleet.cli.exits import ExitCode
-from promptfleet.cli.terminal import Commands, JsonFlag, note, out, print_json, print_text, table
+from promptfleet.cli.terminal import Commands, JsonFlag, note, out, print_json, print_text
 from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.fleet import Fleet, load_fleet
 
@@ -61,30 +61,29 @@ def show(*, as_json: JsonFlag = False, data_dir: DataDir = DEFAULT_DATA_DIR) -> 
     if as_json:
         print_json({"settings": shown, "fleet": fleet.model_dump(mode="json")})
         return
-    settings_table = table("setting", "value", left=("value",))
+    console = out()
     for name, value in shown.items():
-        settings_table.add_row(f"PROMPTFLEET_{name.upper()}", "" if value is None else str(value))
-    out().print(settings_table)
-    out().print()
-    out().print(_tiers(fleet))
-
-
-def _tiers(fleet: Fleet) -> Any:
-    columns = ("tier", "models", "deployments", "batch size", "window ms", "calls at once")
-    tiers = table(*columns, left=("models", "deployments"))
+        console.print(f"[dim]PROMPTFLEET_{name.upper():<20}[/]", end="")
+        console.print("" if value is None else str(value), markup=False, soft_wrap=True)
     for tier in fleet.tier_names:
-        models = fleet.tiers[tier].models if tier in fleet.tiers else ()
-        batch = fleet.batch_options(tier)
-        places = [d.base_url for model in models for d in fleet.models[model].deployments]
-        tiers.add_row(
-            tier + (" (default)" if tier == fleet.default_tier else ""),
-            ", ".join(models) or "none",
-            "\n".join(places) or "none",
-            str(batch.max_batch_size),
-            f"{batch.batch_window_ms:g}",
-            str(batch.max_concurrent_calls),
-        )
-    return tiers
+        _show_tier(fleet, tier)
+
+
+def _show_tier(fleet: Fleet, tier: str) -> None:
+    batch, console = fleet.batch_options(tier), out()
+    default = " (default)" if tier == fleet.default_tier else ""
+    console.print(
+        f"\n[bold]{tier}[/]{default}: batches of up to {batch.max_batch_size} within"
+        f" {batch.batch_window_ms:g} ms, {batch.max_concurrent_calls} calls at once",
+        soft_wrap=True,
+    )
+    for name in fleet.tiers[tier].models if tier in fleet.tiers else ():
+        model = fleet.models[name]
+        price = f", priced as {model.price_as}" if model.price_as else ""
+        console.print(f"  {name}{price}", markup=False, soft_wrap=True)
+        for place in model.deployments:
+            text = f"    {place.name}: {place.provider} at {place.base_url}"
+            console.print(text, markup=False, soft_wrap=True)
 
 
 def _missing_keys(fleet: Fleet) -> list[str]:

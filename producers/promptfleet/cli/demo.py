@@ -203,7 +203,7 @@ def _follow(results: Iterator[Result], items: Sequence[Prompt]) -> dict[uuid.UUI
         TimeElapsedColumn(),
         console=err(),
     )
-    totals = Counter(item["tier"] or "" for item in items)
+    totals = Counter(item.get("tier") or "" for item in items)
     tasks = {
         tier: bars.add_task(tier, total=total, tokens=0, bad="") for tier, total in totals.items()
     }
@@ -244,7 +244,7 @@ def _examples(outcome: Outcome) -> Iterator[tuple[Prompt, Result]]:
 
 
 def _show_answer(console: Console, item: Prompt, result: Result) -> None:
-    asked = " ".join(str(item["prompt"]).split())
+    asked = " ".join(str(item.get("prompt")).split())
     console.print(f"[bold cyan]{result.tier}[/] ", end="")
     console.print(textwrap.shorten(asked, _LONGEST_PROMPT, placeholder=" …"), markup=False)
     answer = textwrap.shorten(
@@ -263,7 +263,7 @@ def _as_record(outcome: Outcome, provider: LocalProvider) -> dict[str, Any]:
         "failed": len(outcome.failed),
         "tiers": [summary_record(summary) for summary in outcome.summaries],
         "results": [
-            {"prompt": item["prompt"], **as_record(result)}
+            {"prompt": item.get("prompt"), **as_record(result)}
             for item, result in zip(outcome.items, outcome.results, strict=True)
         ],
     }

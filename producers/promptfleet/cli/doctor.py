@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 import typer
@@ -29,12 +29,10 @@ from promptfleet_shared.fleet import Deployment, Fleet, Model, load_fleet
 from promptfleet_shared.settings import Settings
 from promptfleet_shared.tiers import queue_name
 
-if TYPE_CHECKING:
-    import sqlalchemy as sa
-
 TIMEOUT_S = 5.0
 MAX_CLOCK_DIFFERENCE_S = 2.0
 _ASK_WORKERS_S = 1.5
+_WIDTH = 27
 _MAX_ANSWER_BYTES = 4_000_000
 _UNAUTHORISED = frozenset({401, 403})
 
@@ -112,7 +110,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _clock(connection: sa.Connection) -> Finding:
+def _clock(connection: Any) -> Finding:
     before = dt.datetime.now(dt.UTC)
     theirs: dt.datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
     after = dt.datetime.now(dt.UTC)
@@ -124,7 +122,7 @@ def _clock(connection: sa.Connection) -> Finding:
     return _ok("clocks", text)
 
 
-def _schema(connection: sa.Connection) -> Iterator[Finding]:
+def _schema(connection: Any) -> Iterator[Finding]:
     from promptfleet_shared.store.migrating import schema_version  # noqa: PLC0415  # slow
     from promptfleet_shared.store.status import overdue_jobs  # noqa: PLC0415  # slow
 
@@ -193,25 +191,20 @@ def _snapshots(client: Any) -> bool:
 
 
 def _workers(settings: Settings, fleet: Fleet) -> Iterator[Finding]:
-    from promptfleet_shared.queueing import make_celery  # noqa: PLC0415  # slow to import
+    from promptfleet.broker import Broker, BrokerUnavailableError  # noqa: PLC0415  # slow
 
-    app = make_celery(settings.broker_url.get_secret_value(), fleet.tier_names)
     try:
-        answers = app.control.inspect(timeout=_ASK_WORKERS_S).active_queues() or {}
-    except OSError:  # the broker's own check has told
+        with Broker(settings.broker_url.get_secret_value(), fleet.tier_names) as broker:
+            workers = broker.workers(timeout_s=_ASK_WORKERS_S)
+    except BrokerUnavailableError:  # the broker's own check has told
         return
-    finally:
-        app.close()
     for tier in fleet.tier_names:
-        queue = queue_name(tier)
-        names = [
-            name for name, queues in answers.items() if any(q["name"] == queue for q in queues)
-        ]
+        names = sorted(name for name, tiers in workers.items() if tier in tiers)
         if names:
-            yield _ok(f"worker {tier}", ", ".join(sorted(names)))
+            yield _ok(f"worker {tier}", ", ".join(names))
         else:
             advice = f"run: promptfleet worker --tier {tier}"
-            yield _fail(f"worker {tier}", f"no worker consumes {queue}", advice)
+            yield _fail(f"worker {tier}", f"no worker consumes {queue_name(tier)}", advice)
 
 
 def _providers(fleet: Fleet) -> Iterator[Finding]:
@@ -304,7 +297,7 @@ _MARKS = {
 
 def _print(finding: Finding) -> None:
     console = out()
-    console.print(f"{_MARKS[finding.level]} [bold]{finding.check:<20}[/] ", end="")
+    console.print(f"{_MARKS[finding.level]} [bold]{finding.check:<{_WIDTH}}[/] ", end="")
     console.print(finding.text, markup=False, soft_wrap=True)
     if finding.advice:
-        console.print(f"{'':7}{'':20} → {finding.advice}", markup=False, soft_wrap=True)
+        console.print(f"{'':7}{'':{_WIDTH}} → {finding.advice}", markup=False, soft_wrap=True)

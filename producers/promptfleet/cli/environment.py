@@ -33,10 +33,8 @@ DataDir = Annotated[
 ]
 
 
-def fleet_environment(data_dir: Path) -> Mapping[str, str]:
-    """The variables of the fleet that `promptfleet dev` runs on `data_dir`.
-
-    Nothing where the environment names other servers, or no such fleet runs.
+def running_fleet(data_dir: Path) -> Mapping[str, str]:
+    """The variables of the fleet that `promptfleet dev` runs on `data_dir`; nothing without one.
 
     Raises:
         ConfigurationError: The file is not private to this user, so it can't be trusted.
@@ -51,7 +49,18 @@ def fleet_environment(data_dir: Path) -> Mapping[str, str]:
     if not private or facts.st_uid not in {os.geteuid(), 0}:
         msg = f"{path} is not used: it must belong to you and be readable by nobody else"
         raise ConfigurationError(msg)
-    found = read_environment(path)
+    return read_environment(path)
+
+
+def fleet_environment(data_dir: Path) -> Mapping[str, str]:
+    """What our own environment lacks to reach the fleet on `data_dir`.
+
+    Nothing where it names other servers: two fleets are never mixed.
+
+    Raises:
+        ConfigurationError: See `running_fleet`.
+    """
+    found = running_fleet(data_dir)
     if any(os.environ.get(name, found.get(name)) != found.get(name) for name in _ADDRESSES):
         return {}
     return {name: value for name, value in found.items() if name not in os.environ}

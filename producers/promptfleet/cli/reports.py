@@ -13,13 +13,11 @@ from promptfleet.cli.terminal import table
 from promptfleet_shared.settings import Settings
 
 if TYPE_CHECKING:
-    import sqlalchemy as sa
-
     from promptfleet_shared.store.status import TierSummary
 
 
 @contextmanager
-def store_connection(settings: Settings) -> Iterator[sa.Connection]:
+def store_connection(settings: Settings) -> Iterator[Any]:
     """A connection to the fleet's database for a few questions.
 
     Raises:

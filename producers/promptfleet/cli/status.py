@@ -138,14 +138,10 @@ def as_record(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _doorbells(settings: Settings, tiers: tuple[str, ...]) -> Mapping[str, int] | None:
-    from promptfleet_shared.queueing import make_celery, queue_depths  # noqa: PLC0415  # slow
+    from promptfleet.broker import Broker, BrokerUnavailableError  # noqa: PLC0415  # slow
 
-    app = make_celery(settings.broker_url.get_secret_value(), tiers)
-    # One attempt: whoever asks for the status does not want to wait for a server to come back.
-    app.conf.broker_transport_options["max_retries"] = 0
     try:
-        return queue_depths(app, tiers)
-    except OSError:  # kombu's OperationalError is one
+        with Broker(settings.broker_url.get_secret_value(), tiers) as broker:
+            return broker.doorbells()
+    except BrokerUnavailableError:
         return None
-    finally:
-        app.close()

@@ -49,7 +49,12 @@ def submit(
     errors: Annotated[
         Path | None, typer.Option(help="Gets a row a failure; by default OUTPUT.errors.jsonl.")
     ] = None,
-    tier: Annotated[str | None, typer.Option(help="Where a line names none.")] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help="Where a line names none; models of OpenAI batch lines are left out then."
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Where a line names none.")] = None,
     system: Annotated[str | None, typer.Option(help="Where a line has none.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Where a line has none.")] = None,
@@ -191,6 +196,7 @@ def _progress(lines: int) -> Iterator[Callable[[Counts], None]]:
 
     with bar:
         yield show
+        bar.update(task, total=bar.tasks[task].completed)  # blank lines were none
 
 
 def _report(counts: Counts, run: Run, output: Path, errors: Path, *, as_json: bool) -> None:

@@ -7,9 +7,8 @@ import shlex
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -200,6 +199,8 @@ class DevStack:
         self._wait(lambda: _accepts(port), "The provider", children=("provider",))
 
     def _start_workers(self, fleet: Fleet, flower_port: int | None) -> None:
+        from promptfleet.broker import Broker  # noqa: PLC0415  # slow to import
+
         tiers = self._options.tiers or fleet.tier_names
         env = _quiet({**os.environ, **self.addresses.environment()})
         specs = [
@@ -219,11 +220,12 @@ class DevStack:
         self._say(f"starting {len(tiers)} workers")
         self._supervisor.start(*specs)
         wait = f"The workers for {', '.join(tiers)}"
-        ping = _Ping(self.addresses.broker_url, tiers)
-        try:
-            self._wait(ping.all_answer, wait, children=tiers)
-        finally:
-            ping.close()
+        with Broker(self.addresses.broker_url, tiers) as broker:
+
+            def all_answer() -> bool:
+                return set(tiers) <= broker.ping(timeout_s=_PING_S, enough=len(tiers))
+
+            self._wait(all_answer, wait, children=tiers)
         if flower_port is not None:
             self._say("waiting for Flower")
             self._wait(lambda: _accepts(flower_port), "Flower", children=("flower",))
@@ -332,28 +334,6 @@ def read_environment(path: Path) -> Mapping[str, str]:
         if equals:
             values[name] = "".join(shlex.split(value))
     return values
-
-
-class _Ping:
-    """Asks the workers, through the broker, whether they are there."""
-
-    def __init__(self, broker_url: str, tiers: Sequence[str]) -> None:
-        from promptfleet_shared.queueing import make_celery  # noqa: PLC0415  # slow to import
-
-        self._app = make_celery(broker_url, tiers)
-        self._tiers = set(tiers)
-
-    def all_answer(self) -> bool:
-        started = time.monotonic()
-        replies = self._app.control.ping(timeout=_PING_S, limit=len(self._tiers)) or []
-        names = {name.partition("@")[0] for reply in replies for name in reply}
-        if names < self._tiers and time.monotonic() - started < _PING_S:
-            time.sleep(_PING_S / 5)  # the broker gave us nothing to wait for
-        return self._tiers <= names
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._app.close()
 
 
 def _quiet(environment: dict[str, str]) -> dict[str, str]:
