@@ -14,6 +14,7 @@ import orjson
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import BatchOptions, Fleet
 from promptfleet_shared.jobs import JobError, JobKind, JobState
+from promptfleet_workers.alarms import Alarms, this_task
 from promptfleet_workers.claims import Claims
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
@@ -80,6 +81,7 @@ class Caller:
         self._endings = endings
         self._slots = asyncio.Semaphore(calls)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._alarms = Alarms()
         self.draining = False
         endings.restart = self._restart
 
@@ -172,14 +174,19 @@ class Caller:
         limit_s = min(candidate.timeouts.timeout_ms / 1000, *(work.remaining_s for work in works))
         started = time.perf_counter()
         answers: Sequence[Answer]
+        task = this_task()
+        self._alarms.set(task, asyncio.get_running_loop().time() + limit_s)
         try:
-            async with asyncio.timeout(limit_s):
-                answers = await candidate.provider.call(call)
-        except TimeoutError:
+            answers = await candidate.provider.call(call)
+        except asyncio.CancelledError:
+            if not self._alarms.went_off(task):
+                raise
             late = ProviderError("the call took too long", code="timeout", unknown_outcome=True)
             answers = list(itertools.repeat(late, len(works)))
         except ProviderError as error:
             answers = list(itertools.repeat(error, len(works)))
+        finally:
+            self._alarms.clear(task)
         elapsed_ms = (time.perf_counter() - started) * 1000
         for work in works:
             work.provider_ms = elapsed_ms

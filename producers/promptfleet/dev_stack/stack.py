@@ -28,7 +28,7 @@ from promptfleet_shared.tiers import DEFAULT_TIERS, queue_name
 FLOWER_PORT = 5555
 READY_TIMEOUT_S = 60.0
 ENVIRONMENT_FILE = "env"
-_FLOWER_FLAGS = ("--logging=error",)
+_FLOWER_FLAGS = ("--logging=error", "--read_only=True", "--inspect_timeout=3000")
 _STARTS_TO_BELIEVE = 3
 _PING_S = 0.5
 _PROBE_S = 0.5

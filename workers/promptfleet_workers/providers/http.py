@@ -20,6 +20,7 @@ from multidict import CIMultiDict
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import TimeoutOptions
+from promptfleet_workers.alarms import Alarms, this_task
 
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 """A longer response is refused while it comes, so that no provider can fill our memory."""
@@ -79,6 +80,7 @@ class HttpClient:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
         self._transport = AiohttpTransport(client=session)
+        self._alarms = Alarms()
 
     async def post(self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions) -> HttpResponse:
         """Send `body` and read the whole response; the total time is the caller's to bound.
@@ -88,51 +90,53 @@ class HttpClient:
                 `timeout`, `connection_lost` or `response_too_large` (the outcome is unknown).
         """
         extensions = {"timeout": {"connect": timeouts.connect_timeout_ms / 1000}}
+        task = this_task()
+        clock = asyncio.get_running_loop().time
+        self._alarms.set(task, clock() + timeouts.first_byte_timeout_ms / 1000)
         try:
-            # One timer serves for the first byte and then for each pause.
-            async with asyncio.timeout(timeouts.first_byte_timeout_ms / 1000) as timer:
-                request = endpoint.request(body, extensions)
-                response = await self._transport.handle_async_request(request)
-                received = await _read(response, timer, timeouts.idle_timeout_ms / 1000)
+            request = endpoint.request(body, extensions)
+            response = await self._transport.handle_async_request(request)
+            received = await self._read(response, timeouts.idle_timeout_ms / 1000)
             return HttpResponse(response.status_code, response.headers, received)
-        except TimeoutError:
+        except asyncio.CancelledError:
+            if not self._alarms.went_off(task):
+                raise
             message = "the provider did not answer in time"
             raise ProviderError(message, code="timeout", unknown_outcome=True) from None
         except (httpx.TransportError, aiohttp.ClientError, OSError) as error:
             raise _connection_failure(error) from None
+        finally:
+            self._alarms.clear(task)
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self._transport.aclose()
 
+    async def _read(self, response: httpx.Response, idle_s: float) -> bytes:
+        """The decoded body, refused once it is too long, given up once it stalls."""
+        stream = cast("httpx.AsyncByteStream", response.stream)
+        pieces = []
+        size = 0
+        task = this_task()
+        clock = asyncio.get_running_loop().time
+        self._alarms.set(task, clock() + idle_s)
+        try:
+            async for piece in stream:
+                self._alarms.set(task, clock() + idle_s)
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_RESPONSE_BYTES:
+                    raise _too_large()
+        finally:
+            await stream.aclose()
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        encoding = _encoding(response)
+        return body if encoding == "identity" else _decompressed(body, encoding)
+
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:
     """Headers by lower-case names, so that those of a configuration replace ours."""
     return {name.lower(): value for name, value in headers.items()}
-
-
-async def _read(response: httpx.Response, timer: asyncio.Timeout, idle_s: float) -> bytes:
-    """The decoded body, refused once it is too long, given up once it stalls."""
-    stream = cast("httpx.AsyncByteStream", response.stream)
-    pieces = []
-    size = 0
-    clock = asyncio.get_running_loop().time
-    heard_at = clock()
-    timer.reschedule(heard_at + idle_s)
-    try:
-        async for piece in stream:
-            pieces.append(piece)
-            size += len(piece)
-            if size > MAX_RESPONSE_BYTES:
-                raise _too_large()
-            if clock() - heard_at > idle_s / 16:  # setting the timer for each piece would cost
-                heard_at = clock()
-                timer.reschedule(heard_at + idle_s)
-    finally:
-        await stream.aclose()
-    body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    encoding = _encoding(response)
-    return body if encoding == "identity" else _decompressed(body, encoding)
 
 
 def _encoding(response: httpx.Response) -> str:
