@@ -24,6 +24,7 @@ import sqlalchemy as sa
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import fleet
 from benchmarks.contest import GROUPS, Heat, Score, Stage, measure
 from benchmarks.machine import REPOSITORY
 from benchmarks.peers import contestants as peers
@@ -39,7 +40,7 @@ _QUICK_SHARE = 4
 
 def all_heats() -> list[Heat]:
     """Every measurement, in the order of the report."""
-    return [*peers.heats()]
+    return [*peers.heats(), *fleet.heats()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     goals = reached(best, saturated)
     for goal in goals:
         console.print(_line(goal))
-    path = write_report(best, saturated, goals, quick=flags.quick)
+    overhead = None if flags.quick or flags.only else measure_overhead(console)
+    path = write_report(best, saturated, goals, quick=flags.quick, overhead=overhead)
     console.print(f"Written to {path.relative_to(REPOSITORY)}")
 
 
@@ -112,6 +114,20 @@ def run(heats: Sequence[Heat], console: Console) -> list[Score]:
                     scores.append(measure(heat, stage))
                     console.print(_progress(scores[-1]))
     return scores
+
+
+def measure_overhead(console: Console) -> dict[str, float]:
+    """With latencies spread from 0.1 to 10 s: what a prompt waits beyond its own call."""
+    heat = fleet.spread_heat()
+    with servers(console) as (postgres, valkey), stage_at(heat.latency_ms, postgres, valkey) as s:
+        measure(heat, s)
+        overhead = fleet.overhead_ms(s)
+    console.print(
+        f"Latencies of {heat.latency_ms} ms: from claim to result a prompt waits beyond its own "
+        f"call {overhead['p50']:.0f} ms (p50), {overhead['p95']:.0f} ms (p95), "
+        f"{overhead['max']:.0f} ms (max)"
+    )
+    return overhead
 
 
 @contextmanager
@@ -232,6 +248,7 @@ def write_report(
     goals: Sequence[Goal],
     *,
     quick: bool,
+    overhead: Mapping[str, float] | None,
 ) -> Path:
     """Write `core.json`; what was not measured in this run is not in it, or null."""
     shares = {name: score.prompts_per_s / PROVIDER_PER_S for name, score in saturated.items()}
@@ -245,6 +262,7 @@ def write_report(
         },
         "saturation": shares.get("fleet"),
         "saturation_by_contestant": shares,
+        "overhead_ms_at_100_to_10000_ms": overhead,
         "foreign_cores": {name: round(score.foreign_cores, 2) for name, score in best.items()},
         "variants": {name: score.variant for name, score in best.items()},
         "goals": [{**dataclasses.asdict(goal), "met": goal.met} for goal in goals],

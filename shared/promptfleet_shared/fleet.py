@@ -262,11 +262,19 @@ def parse_fleet(text: str, *, name: str = "fleet.toml") -> Fleet:
         msg = f"{name}:{line[1] if line else 1}: {error}"
         raise ConfigurationError(msg) from None
     except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False)
         lines = [
             _mistake(name, text, item["loc"], item["msg"])
-            for item in error.errors(include_url=False, include_input=False)
+            for item in found
+            if not _follows_from(item["loc"], [other["loc"] for other in found])
         ]
         raise ConfigurationError("\n".join(lines)) from None
+
+
+def _follows_from(location: Sequence[str | int], others: Sequence[Sequence[str | int]]) -> bool:
+    """True for a mistake about a whole of which a part is wrong already."""
+    depth = len(location)
+    return any(len(other) > depth and other[:depth] == location for other in others)
 
 
 def _mistake(name: str, text: str, location: Sequence[str | int], message: str) -> str:

@@ -18,7 +18,6 @@ import kombu.transport.redis  # noqa: F401
 from celery import Celery
 from kombu import pools
 from kombu.entity import Queue
-from kombu.exceptions import OperationalError
 
 from promptfleet_shared.jobs import MAX_PRIORITY, Doorbell
 from promptfleet_shared.tiers import queue_name, tier_of_queue
@@ -196,7 +195,8 @@ class Ringer:
             try:
                 publish(self._app, batch)
             except Exception as error:  # noqa: BLE001  # the thread must outlive any doorbell
-                log.warning("doorbell_dropped", extra={"jobs": len(batch), "error": repr(error)})
+                facts = {"jobs": len(batch), "error": type(error).__name__}
+                log.warning("doorbell_dropped", extra=facts)
             finally:
                 with self._changed:
                     self._busy = False

@@ -28,7 +28,7 @@ from tests.rows import insert, outcome, spec
 JOBS = 600
 CLAIMERS = 8
 SWEEPERS = 2
-LEASE_S = 0.2
+LEASE_S = 0.1
 DEADLINE_S = 60.0
 
 
@@ -94,9 +94,9 @@ class Claimer:
                 self.arena.fences[job.id].append(job.fence)
         for job in claimed:
             fate = draw.random()
-            if fate < 0.75:
+            if fate < 0.55:
                 self.held.append(job)
-            elif fate < 0.92:
+            elif fate < 0.80:
                 self.zombies.append(job)  # believes that it still has the job, much later
             # else: crashed, nobody will ever know
 
@@ -113,13 +113,11 @@ class Claimer:
         back = [job for job in jobs if draw.random() < 0.3]
         ended = [job for job in jobs if job not in back]
         if back:
-            release(
-                connection,
-                [
-                    Release(job_id=job.id, fence=job.fence, counts=draw.random() < 0.5, calls=1)
-                    for job in back
-                ],
-            )
+            items = [
+                Release(job_id=job.id, fence=job.fence, counts=draw.random() < 0.5, calls=1)
+                for job in back
+            ]
+            self._was_rightful(back, {bell.job_id for bell in release(connection, items)})
         if not ended:
             return
         states = [JobState.SUCCEEDED, JobState.FAILED]
@@ -127,12 +125,22 @@ class Claimer:
             connection,
             [outcome(j, text=f"{self.name}/{j.fence}", state=draw.choice(states)) for j in ended],
         )
+        self._was_rightful(ended, written)
         with self.arena.lock:
             for job in ended:
                 if job.id in written:
                     self.arena.landed[job.id].append(job.fence)
                 else:
                     self.arena.refused += 1
+
+
+    def _was_rightful(self, jobs: list[ClaimedJob], written: set[uuid.UUID]) -> None:
+        """While our row lock holds, nobody can have claimed the job after us."""
+        with self.arena.lock:
+            for job in jobs:
+                if job.id in written:
+                    newest = max(self.arena.fences[job.id])
+                    assert job.fence == newest, f"{job.fence} wrote over {newest}"
 
 
 def sweeper(arena: Arena) -> Callable[[sa.Connection, random.Random], None]:

@@ -234,7 +234,7 @@ class TestRinger:
         ringer = Ringer(celery, window_s=60)
         ringer._waiting.extend(bells(5))  # without the thread, which no child inherits
 
-        ringer._after_fork()
+        ringer.start_afresh()
 
         assert ringer._waiting == []
         assert ringer._thread is None
