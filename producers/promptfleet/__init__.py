@@ -13,6 +13,7 @@ from promptfleet.handles import AsyncPromptJob, PromptJob
 from promptfleet.options import PromptOptions
 from promptfleet.requests import Message, Prompt
 from promptfleet_shared.errors import (
+    BrokerUnavailableError,
     ConfigurationError,
     IdempotencyConflictError,
     InvalidRequestError,
@@ -39,6 +40,7 @@ from promptfleet_shared.jobs import (
 __all__ = [
     "AsyncClient",
     "AsyncPromptJob",
+    "BrokerUnavailableError",
     "CacheMode",
     "CacheOptions",
     "CacheStatus",

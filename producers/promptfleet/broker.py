@@ -7,19 +7,11 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from kombu.exceptions import OperationalError
-
-from promptfleet_shared.errors import PromptFleetError
-from promptfleet_shared.queueing import make_celery, queue_depths
+from promptfleet_shared.errors import BrokerUnavailableError
+from promptfleet_shared.queueing import asking_broker, make_celery, queue_depths
 from promptfleet_shared.tiers import tier_of_queue
 
 T = TypeVar("T")
-
-
-class BrokerUnavailableError(PromptFleetError):
-    """The broker can't be reached; workers find waiting jobs in the database all the same."""
-
-    code = "broker_unavailable"
 
 
 class Broker:
@@ -39,7 +31,7 @@ class Broker:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with suppress(OSError, OperationalError):
+        with suppress(BrokerUnavailableError), asking_broker(self._app):
             self._app.close()
 
     def doorbells(self) -> Mapping[str, int]:
@@ -63,7 +55,5 @@ class Broker:
         return {name.partition("@")[0] for reply in replies for name in reply}
 
     def _ask(self, question: Callable[[], T]) -> T:
-        try:
+        with asking_broker(self._app):
             return question()
-        except (OSError, OperationalError) as error:
-            raise BrokerUnavailableError from error

@@ -10,6 +10,7 @@
     │   └── JobExpiredError
     ├── WaitTimeoutError            the job is not final yet; it goes on            (a TimeoutError)
     ├── StoreUnavailableError       Postgres can't be reached: nothing was accepted
+    ├── BrokerUnavailableError      Redis can't be reached: jobs wait, none is lost
     ├── StoreRefusedError           Postgres did not take a statement
     └── ProviderError               a provider's call failed; see `retries.classify`
 
@@ -89,6 +90,12 @@ class StoreUnavailableError(PromptFleetError):
     """The database can't be reached, so nothing was accepted."""
 
     code = "store_unavailable"
+
+
+class BrokerUnavailableError(PromptFleetError):
+    """The broker can't be reached; workers find waiting jobs in the database all the same."""
+
+    code = "broker_unavailable"
 
 
 class StoreRefusedError(PromptFleetError):

@@ -132,12 +132,10 @@ class Model(_Section):
         deployments: Tried in this order.
         price_as: The `provider/model` whose price applies, as genai-prices names them; by default
             the deployment's provider and model. "free" for a model of your own.
-        context_window: Tokens that prompt and answer may have together; None: not checked.
     """
 
     deployments: Annotated[tuple[Deployment, ...], Field(min_length=1)]
     price_as: str | None = None
-    context_window: Count | None = None
 
 
 class TierSection(_Section):

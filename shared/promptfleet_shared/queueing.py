@@ -10,7 +10,7 @@ import threading
 import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 # The first doorbell may be rung at exit, when this can no longer be imported.
@@ -18,7 +18,9 @@ import kombu.transport.redis  # noqa: F401
 from celery import Celery
 from kombu import pools
 from kombu.entity import Queue
+from kombu.exceptions import OperationalError
 
+from promptfleet_shared.errors import BrokerUnavailableError
 from promptfleet_shared.jobs import MAX_PRIORITY, Doorbell
 from promptfleet_shared.tiers import queue_name, tier_of_queue
 
@@ -63,6 +65,18 @@ def make_celery(broker_url: str, tiers: Iterable[str], *, include: Sequence[str]
     return app
 
 
+@contextlib.contextmanager
+def asking_broker(app: Celery) -> Iterator[None]:
+    """Turn what kombu, redis and sockets raise for a lost broker into `BrokerUnavailableError`."""
+    try:
+        yield
+    except Exception as error:
+        lost = app.connection_for_read().recoverable_connection_errors
+        if isinstance(error, (OperationalError, OSError, *lost)):
+            raise BrokerUnavailableError from error
+        raise
+
+
 def redis_priority(priority: int) -> int:
     """A job's priority (9 the most urgent) as Redis orders its lists (0 the first)."""
     return MAX_PRIORITY - priority
@@ -75,10 +89,10 @@ def publish(app: Celery, doorbells: Iterable[Doorbell]) -> int:
         How many messages were sent.
 
     Raises:
-        kombu.exceptions.OperationalError: The broker can't be reached; the sweeper will ring.
+        BrokerUnavailableError: The broker can't be reached; the sweeper will ring.
     """
     messages = 0
-    with app.producer_or_acquire() as producer:
+    with asking_broker(app), app.producer_or_acquire() as producer:
         for (tier, step), ids in _grouped(doorbells).items():
             for start in range(0, len(ids), MAX_IDS):
                 app.send_task(
@@ -107,10 +121,10 @@ def queue_depths(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
     """How many messages wait in each tier's queue.
 
     Raises:
-        kombu.exceptions.OperationalError: The broker can't be reached.
+        BrokerUnavailableError: The broker can't be reached.
     """
     depths = {}
-    with app.connection_or_acquire() as connection:
+    with asking_broker(app), app.connection_or_acquire() as connection:
         channel = connection.default_channel
         for tier in tiers:
             declared = channel.queue_declare(queue=queue_name(tier), passive=False)

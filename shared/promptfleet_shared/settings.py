@@ -30,6 +30,7 @@ class Settings(BaseSettings):
         lease_s: Seconds that a worker's claim lasts without a heartbeat.
         sweep_interval_s: Seconds between a worker's looks for lost and overdue jobs.
         drain_s: Seconds that a worker's running jobs have to end after SIGTERM.
+        log_format: Of a worker's log lines; "auto" is "console" on a terminal, else "json".
         retention_days: Days that ended jobs and their results are kept; 0 keeps them for ever.
     """
 
@@ -48,7 +49,6 @@ class Settings(BaseSettings):
     retention_days: Annotated[float, Field(ge=0)] = 30.0
     database_pool_size: Annotated[int, Field(ge=1)] = 5
     log_format: Literal["auto", "console", "json"] = "auto"
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     worker_name: str = ""
 
     @property

@@ -17,12 +17,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import promptfleet.dev_stack as public
-import promptfleet.dev_stack.embedded as embedded_module
-import promptfleet.dev_stack.postgres as postgres_module
 import psycopg
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rich.console import Console
+
+import promptfleet.dev_stack as public
+import promptfleet.dev_stack.embedded as embedded_module
+import promptfleet.dev_stack.postgres as postgres_module
 from promptfleet.dev_stack import (
     Backoff,
     ChildExit,
@@ -40,9 +44,6 @@ from promptfleet.dev_stack import (
     free_port,
 )
 from promptfleet.dev_stack.data_directory import closed_to_others, nobody
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-from rich.console import Console
 
 DEADLINE_S = 20.0
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from promptfleet.local_model import available
 
 DEADLINE_S = 60.0

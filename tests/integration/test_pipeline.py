@@ -15,6 +15,7 @@ from typing import TypeVar
 import orjson
 import pytest
 import sqlalchemy as sa
+from tests.rows import chat, insert, job_row, ledger_rows, result_rows, spec
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Fleet, parse_fleet
@@ -31,7 +32,6 @@ from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.routing import Router
 from promptfleet_workers.telemetry import Event
-from tests.rows import chat, insert, job_row, ledger_rows, result_rows, spec
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
@@ -180,9 +180,7 @@ class Rig:
 
 
 @pytest.fixture
-async def make_rig(
-    database_url: str, database: sa.Engine
-) -> AsyncIterator[Callable[..., Rig]]:
+async def make_rig(database_url: str, database: sa.Engine) -> AsyncIterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
     def make(*, calls: int = 8, batches: int = 8) -> Rig:

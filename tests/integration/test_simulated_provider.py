@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from promptfleet_workers.providers.simulated.answers import prompt_hash
 
 DEADLINE_S = 10.0

@@ -255,8 +255,8 @@ def test_an_interrupted_run_goes_on_with_the_same_jobs(bench: Bench) -> None:
             return super().get_results(ids)
 
     with fake_fleet() as fleet:
-        with Interrupted() as client, pytest.raises(KeyboardInterrupt):
-            bench.go(client, raw_lines(*lines))
+        with Interrupted() as interrupted, pytest.raises(KeyboardInterrupt):
+            bench.go(interrupted, raw_lines(*lines))
         assert len(bench.results()) == CHUNK
         first = {prompt.id for prompt in fleet.enqueued}
         with Client() as client:
@@ -326,12 +326,12 @@ def test_a_restart_of_the_database_is_outlasted_but_a_wrong_address_is_not(bench
             raise StoreUnavailableError
 
     with fake_fleet():
-        with Flaky() as client:
-            assert bench.go(client, raw_lines(_text("a"))).succeeded == 1
+        with Flaky() as flaky:
+            assert bench.go(flaky, raw_lines(_text("a"))).succeeded == 1
         assert len(bench.slept) >= 2
         bench.slept.clear()
-        with Never() as client, pytest.raises(StoreUnavailableError):
-            bench.go(client, raw_lines(_text("a"), _text("b")))
+        with Never() as never, pytest.raises(StoreUnavailableError):
+            bench.go(never, raw_lines(_text("a"), _text("b")))
         assert bench.slept == []
 
 

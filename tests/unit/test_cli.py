@@ -246,8 +246,8 @@ def test_worker_becomes_celery_with_the_fleets_environment(
     _leave_environment(tmp_path / ".promptfleet")
     executed: list[list[str]] = []
     environment: dict[str, str] = {}
-    monkeypatch.setattr(servers.os, "environ", environment)
-    monkeypatch.setattr(servers.os, "execv", lambda _path, command: executed.append(command))
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "execv", lambda _path, command: executed.append(command))
     ended = run("worker", "--tier", "basic", "--concurrency", "3", "--", "--max-tasks-per-child=1")
     assert ended.exit_code == 0, ended.output
     (command,) = executed

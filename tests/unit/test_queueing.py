@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from kombu.exceptions import OperationalError
+from tests.waiting import eventually
 
 from promptfleet_shared.jobs import Doorbell
 from promptfleet_shared.queueing import (
@@ -22,7 +23,6 @@ from promptfleet_shared.queueing import (
     publish,
     redis_priority,
 )
-from tests.waiting import eventually
 
 DEADLINE_S = 10.0
 

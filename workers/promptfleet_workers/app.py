@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from kombu.exceptions import OperationalError
-
+from promptfleet_shared.errors import BrokerUnavailableError
 from promptfleet_shared.fleet import Fleet, load_fleet
 from promptfleet_shared.queueing import Ringer, make_celery, queue_depths
 from promptfleet_shared.settings import Settings, default_worker_name, load_settings
 from promptfleet_shared.store.database import AsyncDatabase, Database
-from promptfleet_workers import gate, tasks
+from promptfleet_workers import gate, logs, tasks
 from promptfleet_workers.batching import Slots
 from promptfleet_workers.cache import RedisCache
 from promptfleet_workers.calling import Caller
@@ -111,7 +110,7 @@ async def _empty_queues(tiers: Sequence[str]) -> list[str]:
     loop = asyncio.get_running_loop()
     try:
         depths = await loop.run_in_executor(None, queue_depths, app, tiers)
-    except (OperationalError, OSError, *app.connection_for_read().recoverable_connection_errors):
+    except BrokerUnavailableError:
         return []  # nothing can be rung now, either
     return [tier for tier, depth in depths.items() if depth == 0]
 
@@ -136,3 +135,4 @@ ringer = Ringer(app, window_s=settings.doorbell_window_ms / 1000)
 worker = FleetWorker(Builder(settings, fleet, ringer), drain_s=settings.drain_s, ring=ringer.ring)
 tasks.register(app, worker.run)
 gate.install(app, worker)
+logs.install(settings.log_format)

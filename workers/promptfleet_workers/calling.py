@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -25,6 +26,7 @@ from promptfleet_workers.work import Work
 log = logging.getLogger(__name__)
 
 _TOO_LATE = JobError(code="expired", message="the deadline passed before the job succeeded")
+_ROOM_ENOUGH = contextlib.nullcontext()
 _LIST_FIELD = {JobKind.COMPLETION: "prompt", JobKind.EMBEDDING: "input"}
 
 
@@ -82,6 +84,7 @@ class Caller:
         self._slots = asyncio.Semaphore(calls)
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarms = Alarms()
+        self._rooms: dict[str, asyncio.Semaphore] = {}
         self.draining = False
         endings.restart = self._restart
 
@@ -177,7 +180,8 @@ class Caller:
         task = this_task()
         self._alarms.set(task, asyncio.get_running_loop().time() + limit_s)
         try:
-            answers = await candidate.provider.call(call)
+            async with self._room_at(candidate):
+                answers = await candidate.provider.call(call)
         except asyncio.CancelledError:
             if not self._alarms.went_off(task):
                 raise
@@ -191,6 +195,16 @@ class Caller:
         for work in works:
             work.provider_ms = elapsed_ms
         return answers
+
+    def _room_at(self, candidate: Candidate) -> contextlib.AbstractAsyncContextManager[object]:
+        """A place among the calls that its deployment takes at once, where that is bounded."""
+        bound = candidate.deployment.max_concurrent_calls
+        if bound is None:
+            return _ROOM_ENOUGH
+        name = candidate.deployment.name
+        if name not in self._rooms:
+            self._rooms[name] = asyncio.Semaphore(bound)
+        return self._rooms[name]
 
     def _judge(self, work: Work, error: ProviderError, candidate: Candidate) -> None:
         """The call failed for this job: give it back for later, or end it."""

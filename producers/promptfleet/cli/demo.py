@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 2  # answers a tier
 _WIDTH = 96
-_LONGEST_PROMPT = 160
 _LONGEST_ANSWER = 320
 _DRAIN_S = 10.0
 
@@ -141,21 +140,26 @@ def _fleet(data_dir: Path, provider: LocalProvider, run: str) -> Iterator[DevSta
         drain_s=_DRAIN_S,
     )
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log, contextlib.ExitStack() as undo:
-        stack = DevStack(options, console=Console(file=log, width=200), on_step=_step)
+        console = err()
+        stack = DevStack(
+            options,
+            console=Console(file=log, width=200),
+            on_step=lambda text: _step(console, text),
+        )
         undo.callback(stack.stop)
         try:
             started = time.monotonic()
-            with err().status("starting"):
+            with console.status("starting the fleet"):
                 stack.start()
-            _step(f"ready after {time.monotonic() - started:.1f} s")
+            _step(console, f"ready after {time.monotonic() - started:.1f} s")
             yield stack
         except PromptFleetError:
             _show_log(log)
             raise
 
 
-def _step(text: str) -> None:
-    err().print(f"· {text}", style="dim")
+def _step(console: Console, text: str) -> None:
+    console.print(f"· {text}", style="dim")
 
 
 def _show_log(log: Any) -> None:
@@ -244,13 +248,11 @@ def _examples(outcome: Outcome) -> Iterator[tuple[Prompt, Result]]:
 
 
 def _show_answer(console: Console, item: Prompt, result: Result) -> None:
-    asked = " ".join(str(item.get("prompt")).split())
-    console.print(f"[bold cyan]{result.tier}[/] ", end="")
-    console.print(textwrap.shorten(asked, _LONGEST_PROMPT, placeholder=" …"), markup=False)
-    answer = textwrap.shorten(
-        " ".join((result.text or "").split()), _LONGEST_ANSWER, placeholder=" …"
-    )
     width = min(_WIDTH, console.width - 4)
+    asked = textwrap.shorten(str(item.get("prompt")), width - len(result.tier), placeholder=" …")
+    console.print(f"[bold cyan]{result.tier}[/] ", end="")
+    console.print(asked, markup=False, soft_wrap=True)
+    answer = textwrap.shorten(result.text or "", _LONGEST_ANSWER, placeholder=" …")
     console.print(textwrap.indent(textwrap.fill(answer, width), "    "), style="dim", markup=False)
     console.print()
 

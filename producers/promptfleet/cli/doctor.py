@@ -24,7 +24,7 @@ from promptfleet.cli.environment import (
 from promptfleet.cli.exits import ExitCode
 from promptfleet.cli.reports import store_connection
 from promptfleet.cli.terminal import JsonFlag, out, print_json
-from promptfleet_shared.errors import ConfigurationError, PromptFleetError
+from promptfleet_shared.errors import BrokerUnavailableError, ConfigurationError, PromptFleetError
 from promptfleet_shared.fleet import Deployment, Fleet, Model, load_fleet
 from promptfleet_shared.settings import Settings
 from promptfleet_shared.tiers import queue_name
@@ -191,7 +191,7 @@ def _snapshots(client: Any) -> bool:
 
 
 def _workers(settings: Settings, fleet: Fleet) -> Iterator[Finding]:
-    from promptfleet.broker import Broker, BrokerUnavailableError  # noqa: PLC0415  # slow
+    from promptfleet.broker import Broker  # noqa: PLC0415  # slow
 
     try:
         with Broker(settings.broker_url.get_secret_value(), fleet.tier_names) as broker:

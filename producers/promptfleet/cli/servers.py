@@ -205,9 +205,9 @@ def _drain(stack: DevStack, asked: AskedToStop) -> None:
         stopping.join(_WATCH_S / 5)
         if asked.times > before:
             before = asked.times
-            stack.kill_children()
+            late.extend(stack.kill_children())
     if late:
-        note(f"killed, since they did not end in time: {', '.join(late)}")
+        note(f"killed before they had ended: {', '.join(late)}")
     if asked.event.is_set():
         note("stopped")
 

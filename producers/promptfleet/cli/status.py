@@ -16,6 +16,7 @@ from rich.text import Text
 from promptfleet.cli.environment import DEFAULT_DATA_DIR, DataDir, find_settings
 from promptfleet.cli.reports import store_connection, summary_record, summary_table
 from promptfleet.cli.terminal import JsonFlag, out, print_json, table
+from promptfleet_shared.errors import BrokerUnavailableError
 from promptfleet_shared.fleet import load_fleet
 from promptfleet_shared.jobs import JobState
 from promptfleet_shared.settings import Settings
@@ -138,7 +139,7 @@ def as_record(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _doorbells(settings: Settings, tiers: tuple[str, ...]) -> Mapping[str, int] | None:
-    from promptfleet.broker import Broker, BrokerUnavailableError  # noqa: PLC0415  # slow
+    from promptfleet.broker import Broker  # noqa: PLC0415  # slow
 
     try:
         with Broker(settings.broker_url.get_secret_value(), tiers) as broker:

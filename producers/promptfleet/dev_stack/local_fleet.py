@@ -78,7 +78,6 @@ def _one_model(base_url: str, tiers: Sequence[str]) -> list[str]:
         "",
         '[models."smollm2-135m"]',
         'price_as = "free"',
-        f"context_window = {_LOCAL_CONTEXT}",
         "",
         '[[models."smollm2-135m".deployments]]',
         f'base_url = "{base_url}"',

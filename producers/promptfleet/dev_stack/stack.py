@@ -281,9 +281,13 @@ class DevStack:
             self._directory.release()
         return late
 
-    def kill_children(self) -> None:
-        """End the drain that `stop` waits for: SIGKILL to the provider, workers and Flower."""
-        self._supervisor.kill()
+    def kill_children(self) -> tuple[str, ...]:
+        """End the drain that `stop` waits for: SIGKILL to those of the children that still run.
+
+        Returns:
+            Their names.
+        """
+        return self._supervisor.kill()
 
 
 def worker_command(
