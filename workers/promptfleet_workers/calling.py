@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import random
 import time
@@ -71,6 +70,10 @@ def _packed(works: Sequence[Work], max_tokens: int) -> Iterator[list[Work]]:
         request.append(work)
         tokens += work.job.input_tokens
     yield request
+
+
+def _for_all(works: Sequence[Work], error: ProviderError) -> list[Answer]:
+    return [error] * len(works)
 
 
 class Caller:
@@ -165,7 +168,24 @@ class Caller:
         return not is_last and work.remaining_s > 0 and classify(error).verdict is Verdict.NEXT
 
     async def _ask(self, candidate: Candidate, works: list[Work]) -> Sequence[Answer]:
-        """One request to one deployment, within its time and the jobs' deadlines."""
+        """One request to one deployment, once there is room for it there."""
+        async with self._room_at(candidate):
+            left_s = min(work.remaining_s for work in works)
+            if left_s <= 0:
+                return _for_all(works, ProviderError("no time was left for a call", code="timeout"))
+            limit_s = min(candidate.timeouts.timeout_ms / 1000, left_s)
+            works[0].calls += 1  # a request that jobs share is counted on the first of them
+            started = time.perf_counter()
+            answers = await self._call_within(limit_s, candidate, works)
+            elapsed_ms = (time.perf_counter() - started) * 1000
+        for work in works:
+            work.provider_ms = elapsed_ms
+        return answers
+
+    async def _call_within(
+        self, limit_s: float, candidate: Candidate, works: list[Work]
+    ) -> Sequence[Answer]:
+        """The answers, or for each job the failure of the whole request."""
         call = Call(
             kind=works[0].job.kind,
             model=candidate.model_there,
@@ -173,28 +193,19 @@ class Caller:
             input_tokens=[work.job.input_tokens for work in works],
             timeouts=candidate.timeouts,
         )
-        works[0].calls += 1  # a request that jobs share is counted on the first of them
-        limit_s = min(candidate.timeouts.timeout_ms / 1000, *(work.remaining_s for work in works))
-        started = time.perf_counter()
-        answers: Sequence[Answer]
         task = this_task()
         self._alarms.set(task, asyncio.get_running_loop().time() + limit_s)
         try:
-            async with self._room_at(candidate):
-                answers = await candidate.provider.call(call)
+            return await candidate.provider.call(call)
         except asyncio.CancelledError:
             if not self._alarms.went_off(task):
                 raise
             late = ProviderError("the call took too long", code="timeout", unknown_outcome=True)
-            answers = list(itertools.repeat(late, len(works)))
+            return _for_all(works, late)
         except ProviderError as error:
-            answers = list(itertools.repeat(error, len(works)))
+            return _for_all(works, error)
         finally:
             self._alarms.clear(task)
-        elapsed_ms = (time.perf_counter() - started) * 1000
-        for work in works:
-            work.provider_ms = elapsed_ms
-        return answers
 
     def _room_at(self, candidate: Candidate) -> contextlib.AbstractAsyncContextManager[object]:
         """A place among the calls that its deployment takes at once, where that is bounded."""
