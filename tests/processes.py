@@ -7,16 +7,16 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+from tests.waiting import eventually
 
 from promptfleet_workers.providers.simulated.answers import prompt_hash
-from tests.waiting import eventually
 
 START_S = 60.0
 STOP_S = 40.0
@@ -39,7 +39,11 @@ class Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        eventually(lambda: self._is_ready(ready), f"{log.name} is ready", timeout_s=START_S)
+        try:
+            eventually(lambda: self._is_ready(ready), f"{log.name} is ready", timeout_s=START_S)
+        except BaseException:
+            self.kill()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -125,9 +129,6 @@ def provider(directory: Path, *flags: str) -> Iterator[Provider]:
         running.close()
 
 
-StartWorker = Callable[..., Process]
-
-
 def worker_environment(
     *, database_url: str, broker_url: str, config: Path, **settings: object
 ) -> dict[str, str]:
@@ -144,9 +145,11 @@ def worker_environment(
     return own | {f"PROMPTFLEET_{name.upper()}": str(value) for name, value in values.items()}
 
 
-def start_worker(tiers: Sequence[str], *, name: str, env: Mapping[str, str], log: Path) -> Process:
+def start_worker(
+    tiers: Sequence[str], *options: str, name: str, env: Mapping[str, str], log: Path
+) -> Process:
     """A Celery worker for these tiers, once it is ready."""
     queues = ",".join(f"prompts.{tier}" for tier in tiers)
     argv = [sys.executable, "-m", "celery", "-A", "promptfleet_workers.app", "worker"]
-    options = ["-Q", queues, "-n", f"{name}@%h", "--loglevel", "INFO"]
-    return Process([*argv, *options], log=log, ready=" ready.", env=env)
+    usual = ["-Q", queues, "-n", f"{name}@%h", "--loglevel", "INFO"]
+    return Process([*argv, *usual, *options], log=log, ready=" ready.", env=env)

@@ -17,7 +17,7 @@ from typing import Any
 import kombu.transport.redis  # noqa: F401
 from celery import Celery
 from kombu import pools
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
 from promptfleet_shared.errors import BrokerUnavailableError
@@ -39,7 +39,7 @@ def make_celery(broker_url: str, tiers: Iterable[str], *, include: Sequence[str]
     """The Celery app that producers and workers share: what they must agree on, and only that."""
     app = Celery("promptfleet", broker=broker_url, include=list(include), set_as_current=False)
     app.conf.update(
-        task_queues=[Queue(queue_name(tier)) for tier in tiers],
+        task_queues=[_queue(tier) for tier in tiers],
         task_create_missing_queues=True,
         task_default_queue="prompts.default",
         task_ignore_result=True,
@@ -63,6 +63,12 @@ def make_celery(broker_url: str, tiers: Iterable[str], *, include: Sequence[str]
         },
     )
     return app
+
+
+def _queue(tier: str) -> Queue:
+    # On the default exchange: after a FLUSHDB, messages to a named one were dropped in silence.
+    name = queue_name(tier)
+    return Queue(name, exchange=Exchange(""), routing_key=name)
 
 
 @contextlib.contextmanager

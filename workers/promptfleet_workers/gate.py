@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any, ClassVar
 
-from celery import Celery, bootsteps
+from celery import bootsteps
 
 from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.tiers import tier_of_queue
@@ -79,8 +79,8 @@ class GateStep(bootsteps.StartStopStep):
         self._timers.append(parent.timer.call_repeatedly(FLUSH_EVENTS_S, events.flush))
 
 
-def install(app: Celery, worker: FleetWorker) -> None:
-    """Tie the worker's life to Celery's, by its bootsteps."""
+def install(app: Any, worker: FleetWorker) -> None:
+    """Tie the worker's life to the Celery app's, by its bootsteps."""
     app.fleet_worker = worker
     app.steps["worker"].add(FleetStep)
     app.steps["consumer"].add(GateStep)

@@ -11,7 +11,7 @@ from promptfleet_shared.queueing import RUN_PROMPTS, ids_of
 from promptfleet_shared.tiers import tier_of_queue
 
 
-def register(app: Celery, run: Callable[[str, Sequence[Any]], None]) -> Task:
+def register(app: Celery, run: Callable[[str, Sequence[Any]], None]) -> None:
     """Add the task that runs the jobs of a doorbell.
 
     Args:
@@ -25,5 +25,3 @@ def register(app: Celery, run: Callable[[str, Sequence[Any]], None]) -> Task:
         delivery = self.request.delivery_info or {}
         tier = tier_of_queue(str(delivery.get("routing_key", ""))) or "default"
         run(tier, ids_of(ids))
-
-    return run_prompts

@@ -111,8 +111,10 @@ def _database(settings: Settings) -> Iterator[Finding]:
 
 
 def _clock(connection: Any) -> Finding:
+    from promptfleet_shared.store.status import database_clock  # noqa: PLC0415  # slow
+
     before = dt.datetime.now(dt.UTC)
-    theirs: dt.datetime = connection.exec_driver_sql("SELECT clock_timestamp()").scalar_one()
+    theirs = database_clock(connection)
     after = dt.datetime.now(dt.UTC)
     difference_s = (theirs - (before + (after - before) / 2)).total_seconds()
     text = f"the database's clock is {abs(difference_s):.2f} s"

@@ -93,6 +93,12 @@ def open_jobs(connection: sa.Connection, *, tenant: str) -> dict[str, dict[str, 
     return counts
 
 
+def database_clock(connection: sa.Connection) -> dt.datetime:
+    """The time by the only clock that counts."""
+    now: dt.datetime = connection.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
+    return now
+
+
 def overdue_jobs(connection: sa.Connection) -> int:
     """Jobs that no sweeper ended within a minute of their deadline: no worker runs."""
     return int(connection.execute(_OVERDUE).scalar_one())
