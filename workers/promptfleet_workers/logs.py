@@ -9,7 +9,7 @@ from typing import Any, Literal
 import structlog
 from celery.signals import after_setup_logger, after_setup_task_logger
 from structlog.stdlib import ProcessorFormatter
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 
 def install(log_format: Literal["auto", "console", "json"]) -> None:
@@ -43,7 +43,7 @@ def make_formatter(*, as_json: bool) -> logging.Formatter:
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
     return ProcessorFormatter(
-        foreign_pre_chain=[*_shared(), structlog.stdlib.ExtraAdder()],
+        foreign_pre_chain=[*_shared(), structlog.stdlib.ExtraAdder(), _without_celerys_data],
         processors=[
             ProcessorFormatter.remove_processors_meta,
             structlog.processors.format_exc_info,
@@ -60,6 +60,12 @@ def _shared() -> list[Processor]:
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso"),
     ]
+
+
+def _without_celerys_data(_: Any, __: str, event: EventDict) -> EventDict:
+    """Celery repeats the whole of its message, a hundred ids and more, in a field `data`."""
+    event.pop("data", None)
+    return event
 
 
 def _wants_json(log_format: Literal["auto", "console", "json"]) -> bool:
