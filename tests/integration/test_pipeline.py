@@ -19,7 +19,7 @@ from tests.rows import chat, insert, job_row, ledger_rows, result_rows, spec
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Fleet, parse_fleet
-from promptfleet_shared.jobs import Doorbell, JobKind, Usage
+from promptfleet_shared.jobs import Doorbell, JobKind, JobSpec, Usage
 from promptfleet_shared.store.database import AsyncDatabase, Statement
 from promptfleet_shared.store.results import request_cancel
 from promptfleet_workers.batching import DoorbellWait, Slots
@@ -400,7 +400,7 @@ class TestAbort:
         assert rig.provider.cancelled == 1
 
 
-def completion(prompt: str) -> object:
+def completion(prompt: str) -> JobSpec:
     return spec(kind=JobKind.COMPLETION, request=orjson.dumps({"max_tokens": 5, "prompt": prompt}))
 
 

@@ -32,6 +32,9 @@ LEASE_S = 0.1
 DEADLINE_S = 60.0
 
 
+Turn = Callable[[sa.Connection, random.Random], None]
+
+
 class Arena:
     """What all threads share, and what they saw."""
 
@@ -49,7 +52,7 @@ class Arena:
         self.refused = 0
         self.swept: collections.Counter[str] = collections.Counter()
 
-    def run(self, name: str, turn: Callable[[sa.Connection, random.Random], None]) -> None:
+    def run(self, name: str, turn: Turn) -> None:
         """A thread's life: turn after turn on a connection of its own."""
         draw = random.Random(f"{self.seed} {name}")
         engine = make_engine(self.url, application_name=name, pool_size=1)
@@ -145,7 +148,7 @@ def _newest_of_each(jobs: list[ClaimedJob]) -> list[ClaimedJob]:
     return list({job.id: job for job in sorted(jobs, key=lambda job: job.fence)}.values())
 
 
-def sweeper(arena: Arena) -> Callable[[sa.Connection, random.Random], None]:
+def sweeper(arena: Arena) -> Turn:
     def turn(connection: sa.Connection, draw: random.Random) -> None:
         found = sweeping.sweep(connection, limit=draw.choice([5, 50, 500]))
         with arena.lock:
@@ -154,7 +157,7 @@ def sweeper(arena: Arena) -> Callable[[sa.Connection, random.Random], None]:
     return turn
 
 
-def canceller(arena: Arena) -> Callable[[sa.Connection, random.Random], None]:
+def canceller(arena: Arena) -> Turn:
     def turn(connection: sa.Connection, draw: random.Random) -> None:
         if draw.random() < 0.01:
             request_cancel(connection, draw.sample(arena.ids, 2), tenant="default")
@@ -175,7 +178,7 @@ def test_every_job_ends_once_and_by_its_rightful_owner(
     specs = [spec(f"{n}", deadline_s=600.0, callback_url="https://h") for n in range(JOBS)]
     ids = insert(database, *specs)
     arena = Arena(database_url, ids, seed)
-    turns = {f"claimer-{n}": Claimer(arena, n).turn for n in range(CLAIMERS)}
+    turns: dict[str, Turn] = {f"claimer-{n}": Claimer(arena, n).turn for n in range(CLAIMERS)}
     turns |= {f"sweeper-{n}": sweeper(arena) for n in range(SWEEPERS)}
     turns |= {"canceller": canceller(arena)}
     threads = [

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy.exc import IntegrityError
 from tests.rows import (
     ago,
     callback_rows,
@@ -601,7 +602,7 @@ class TestFinish:
         insert(database, job)
         claimed = claim_one(database, job.id)
 
-        with pytest.raises(sa.exc.IntegrityError):
+        with pytest.raises(IntegrityError):
             finish_all(database, outcome(claimed, state=JobState.QUEUED))
 
         assert job_row(database, job.id)["state"] == "running"
@@ -857,7 +858,7 @@ class TestConstraints:
         job = spec()
         insert(database, job)
 
-        with pytest.raises(sa.exc.IntegrityError):
+        with pytest.raises(IntegrityError):
             change(database, job.id, **columns)
 
     def test_a_results_state_is_final(self, database: sa.Engine) -> None:
@@ -866,7 +867,7 @@ class TestConstraints:
         finish_all(database, outcome(claim_one(database, job.id)))
 
         for column, value in {"state": "running", "cache": "warm"}.items():
-            with pytest.raises(sa.exc.IntegrityError), database.begin() as connection:
+            with pytest.raises(IntegrityError), database.begin() as connection:
                 connection.execute(sa.text(f"UPDATE results SET {column} = '{value}'"))
 
     def test_a_second_result_of_a_job_is_impossible(self, database: sa.Engine) -> None:
@@ -874,13 +875,13 @@ class TestConstraints:
         insert(database, job)
         finish_all(database, outcome(claim_one(database, job.id)))
 
-        with pytest.raises(sa.exc.IntegrityError), database.begin() as connection:
+        with pytest.raises(IntegrityError), database.begin() as connection:
             connection.execute(sa.text("INSERT INTO results SELECT * FROM results"))
 
     def test_a_refused_insert_says_nothing_of_the_prompt(self, database: sa.Engine) -> None:
         job = dataclasses.replace(spec("a secret"), priority=99)
 
-        with pytest.raises(sa.exc.IntegrityError) as caught:
+        with pytest.raises(IntegrityError) as caught:
             insert(database, job)
 
         assert "jobs_priority_check" in str(caught.value.orig)

@@ -151,7 +151,7 @@ class TestBatcher:
         async def main() -> None:
             collector = Collector()
             batcher = Batcher(lambda _: options(size=7, window_ms=0.5), collector.flush)
-            sent = []
+            sent: list[uuid.UUID] = []
             for count in [1, 3, 20, 7, 2, 6, 8, 14, 1] * 20:
                 some = tickets(count)
                 sent.extend(ticket.job_id for ticket in some)

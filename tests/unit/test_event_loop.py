@@ -47,10 +47,7 @@ def test_a_wait_that_takes_too_long_ends(loop: EventLoop) -> None:
 
 def test_many_threads_may_call(loop: EventLoop) -> None:
     seen: list[int] = []
-    threads = [
-        threading.Thread(target=lambda n=n: loop.call(seen.append, n))  # type: ignore[misc]
-        for n in range(20)
-    ]
+    threads = [threading.Thread(target=lambda n=n: loop.call(seen.append, n)) for n in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:

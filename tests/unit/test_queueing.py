@@ -36,6 +36,7 @@ class FakeApp:
         self.may_send = threading.Event()
         self.may_send.set()
         self.sending = threading.Event()
+        self.celery: Any = self  # for who asks for a Celery app
 
     @contextlib.contextmanager
     def producer_or_acquire(self) -> Iterator[str]:
@@ -61,7 +62,7 @@ class TestPublish:
     def test_a_message_carries_a_hundred_ids_in_order(self) -> None:
         app, rung = FakeApp(), bells(250)
 
-        assert publish(app, rung) == 3
+        assert publish(app.celery, rung) == 3
 
         assert [len(message["ids"]) for message in app.messages] == [MAX_IDS, MAX_IDS, 50]
         assert app.ids == [str(bell.job_id) for bell in rung]
@@ -70,7 +71,7 @@ class TestPublish:
         app = FakeApp()
         rung = [*bells(2, "basic", 9), *bells(3, "basic", 0), *bells(4, "advanced", 9)]
 
-        assert publish(app, rung) == 3
+        assert publish(app.celery, rung) == 3
 
         sent = {(m["queue"], m["priority"]): len(m["ids"]) for m in app.messages}
         assert sent == {
@@ -82,7 +83,9 @@ class TestPublish:
     def test_neighbouring_priorities_share_a_message(self) -> None:
         app = FakeApp()
 
-        publish(app, [bell for priority in range(10) for bell in bells(1, priority=priority)])
+        publish(
+            app.celery, [bell for priority in range(10) for bell in bells(1, priority=priority)]
+        )
 
         sent = {message["priority"]: len(message["ids"]) for message in app.messages}
         assert sent == {0: 3, 3: 3, 6: 3, 9: 1}
@@ -92,7 +95,7 @@ class TestPublish:
         app = FakeApp()
         steps = []
         for priority in range(10):
-            publish(app, bells(1, priority=priority))
+            publish(app.celery, bells(1, priority=priority))
             steps.append(app.messages[-1]["priority"])
 
         assert steps == sorted(steps, reverse=True)
@@ -101,13 +104,13 @@ class TestPublish:
     def test_nothing_to_ring_sends_nothing(self) -> None:
         app = FakeApp()
 
-        assert publish(app, []) == 0
+        assert publish(app.celery, []) == 0
         assert app.messages == []
 
     def test_a_message_names_the_task_and_does_not_wait(self) -> None:
         app = FakeApp()
 
-        publish(app, bells(1))
+        publish(app.celery, bells(1))
 
         (message,) = app.messages
         assert message["name"] == RUN_PROMPTS
@@ -140,7 +143,7 @@ class TestRinger:
         return FakeApp()
 
     def test_concurrent_calls_share_a_message(self, app: FakeApp) -> None:
-        ringer = Ringer(app, window_s=60)
+        ringer = Ringer(app.celery, window_s=60)
         rung = [bells(1) for _ in range(50)]
         threads = [threading.Thread(target=ringer.ring, args=[some]) for some in rung]
         for thread in threads:
@@ -155,7 +158,7 @@ class TestRinger:
         ringer.close()
 
     def test_the_window_ends_by_itself(self, app: FakeApp) -> None:
-        ringer = Ringer(app, window_s=0.001)
+        ringer = Ringer(app.celery, window_s=0.001)
 
         ringer.ring(bells(3))
 
@@ -163,7 +166,7 @@ class TestRinger:
         ringer.close()
 
     def test_ringing_does_not_wait_for_the_broker(self, app: FakeApp) -> None:
-        ringer = Ringer(app, window_s=0)
+        ringer = Ringer(app.celery, window_s=0)
         app.may_send.clear()
         ringer.ring(bells(1))
         assert app.sending.wait(DEADLINE_S)
@@ -177,7 +180,7 @@ class TestRinger:
         ringer.close()
 
     def test_closing_rings_what_waits(self, app: FakeApp) -> None:
-        ringer = Ringer(app, window_s=60)
+        ringer = Ringer(app.celery, window_s=60)
         ringer.ring(bells(2))
 
         ringer.close()
@@ -185,7 +188,7 @@ class TestRinger:
         assert len(app.ids) == 2
 
     def test_after_closing_nothing_is_rung(self, app: FakeApp) -> None:
-        ringer = Ringer(app, window_s=0)
+        ringer = Ringer(app.celery, window_s=0)
         ringer.ring(bells(1))
         ringer.close()
 
@@ -195,7 +198,7 @@ class TestRinger:
         assert len(app.ids) == 1
 
     def test_closing_ends_the_thread(self, app: FakeApp) -> None:
-        ringer = Ringer(app, window_s=0)
+        ringer = Ringer(app.celery, window_s=0)
         ringer.ring(bells(1))
         thread = ringer._thread
         assert thread is not None
@@ -206,7 +209,7 @@ class TestRinger:
         assert not thread.is_alive()
 
     def test_no_thread_before_the_first_doorbell(self, app: FakeApp) -> None:
-        ringer = Ringer(app)
+        ringer = Ringer(app.celery)
 
         assert ringer.flush()
         assert ringer._thread is None
@@ -216,7 +219,7 @@ class TestRinger:
     def test_a_broker_that_is_down_loses_doorbells_and_nothing_else(
         self, app: FakeApp, error: Exception
     ) -> None:
-        ringer = Ringer(app, window_s=0)
+        ringer = Ringer(app.celery, window_s=0)
         app.fail_with.append(error)
         ringer.ring(bells(2))
         assert ringer.flush(DEADLINE_S)
@@ -247,7 +250,7 @@ class TestRinger:
         ringer.close()
 
     def test_flush_of_nothing_is_quick_and_repeatable(self, app: FakeApp) -> None:
-        ringer = Ringer(app, window_s=0)
+        ringer = Ringer(app.celery, window_s=0)
         for _ in range(3):
             ringer.ring(bells(1))
             assert ringer.flush(DEADLINE_S)

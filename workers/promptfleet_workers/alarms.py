@@ -48,7 +48,9 @@ class Alarms:
     def clear(self, task: _Task) -> None:
         """The task is in time."""
         self._due.pop(task, None)
-        self._gone_off.discard(task)
+        if task in self._gone_off:  # our cancellation came out as an error of somebody's own
+            self._gone_off.discard(task)
+            task.uncancel()
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
