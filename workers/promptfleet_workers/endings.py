@@ -126,8 +126,9 @@ class Endings:
             ),
         )
         for follower in self._dismiss(work):
-            follower.cache = CacheStatus.COALESCED
-            self.succeed(follower, completion, candidate)
+            if not self.given_up(follower):
+                follower.cache = CacheStatus.COALESCED
+                self.succeed(follower, completion, candidate)
 
     def fail(
         self,

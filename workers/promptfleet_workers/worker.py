@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from promptfleet_shared.jobs import MAX_PRIORITY, Doorbell
+from promptfleet_shared.jobs import Doorbell
 from promptfleet_workers.batching import DoorbellWait, Slots
 from promptfleet_workers.claims import Heartbeat
 from promptfleet_workers.event_loop import EventLoop
@@ -76,7 +76,7 @@ class FleetWorker:
         """True if the next doorbell is worth taking from a queue."""
         return self._parts is not None and self._parts.slots.wants_work
 
-    def run(self, tier: str, ids: Sequence[uuid.UUID]) -> None:
+    def run(self, tier: str, ids: Sequence[uuid.UUID], priority: int) -> None:
         """See to the jobs of a doorbell; returns when each has been.
 
         What there are no slots for goes back to the head of the queue, for whoever has them.
@@ -85,8 +85,12 @@ class FleetWorker:
         room = 0 if parts is None else parts.slots.take(len(ids))
         taken, excess = ids[:room], ids[room:]
         if excess:
-            # They had come to the front already, and the most urgent list is consumed first.
-            self._ring([Doorbell(job_id=i, tier=tier, priority=MAX_PRIORITY) for i in excess])
+            self._ring(
+                [
+                    Doorbell(job_id=job_id, tier=tier, priority=priority, returned=True)
+                    for job_id in excess
+                ]
+            )
         if parts is not None and taken:
             self._see_to(parts, tier, taken)
 

@@ -34,14 +34,16 @@ WITH runnable AS MATERIALIZED (
             OR state = 'running' AND lease_until < clock_timestamp()
                AND crashes + 1 < :max_crashes)
      ORDER BY id FOR UPDATE SKIP LOCKED)
-UPDATE jobs SET state = 'running', attempt = attempt + 1, fence = fence + 1,
+UPDATE jobs SET state = 'running', fence = fence + 1,
+       -- A lost lease was no attempt that failed: its number is used again.
+       attempt = attempt + CASE WHEN state = 'running' THEN 0 ELSE 1 END,
        crashes = crashes + CASE WHEN state = 'running' THEN 1 ELSE 0 END,
        unknown_calls = unknown_calls + CASE WHEN state = 'running' THEN 1 ELSE 0 END,
        lease_owner = :worker, lease_until = clock_timestamp() + :lease_s * interval '1 second',
        sweep_at = least(sweep_at, clock_timestamp() + :lease_s * interval '1 second')
   FROM runnable WHERE id = job_id
 RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, priority, cache,
-          attempt, calls,
+          attempt, deferrals, calls,
           greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
           extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s
 """).bindparams(max_crashes=MAX_CRASHES)
@@ -117,9 +119,10 @@ def _claimed(row: Any) -> ClaimedJob:
         priority=row[8],
         cache=_cache_options(row[9]),
         attempt=row[10],
-        calls=row[11],
-        queued_ms=row[12],
-        remaining_s=row[13],
+        deferrals=row[11],
+        calls=row[12],
+        queued_ms=row[13],
+        remaining_s=row[14],
     )
 
 

@@ -36,6 +36,9 @@ WITH due AS MATERIALIZED (
                          THEN clock_timestamp() END,
            crashes = crashes + CASE WHEN state = 'running' AND verdict <> 'alive'
                      THEN 1 ELSE 0 END,
+           -- A lost lease counts as a crash and not as an attempt.
+           attempt = attempt - CASE WHEN state = 'running' AND verdict <> 'alive'
+                     THEN 1 ELSE 0 END,
            unknown_calls = unknown_calls + CASE WHEN state = 'running' AND verdict <> 'alive'
                            THEN 1 ELSE 0 END,
            -- A lost claim is fenced off at once, so that a zombie's late result can't land.
@@ -58,7 +61,8 @@ WITH due AS MATERIALIZED (
 ), result AS (
     INSERT INTO results (job_id, tenant, tier, state, error, attempts, calls, total_ms, metadata,
                          created_at, finished_at)
-    SELECT id, tenant, tier, state, last_error, attempt, calls,
+    SELECT id, tenant, tier, state, CASE WHEN state <> 'cancelled' THEN last_error END, attempt,
+           calls,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
            finished_at
       FROM moved WHERE finished_at IS NOT NULL
@@ -90,6 +94,8 @@ WITH old AS MATERIALIZED (
      ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM jobs USING old WHERE id = job_id RETURNING id
+), told AS (
+    DELETE FROM callbacks USING gone WHERE callbacks.job_id = gone.id
 )
 DELETE FROM results USING gone WHERE results.job_id = gone.id RETURNING results.job_id
 """)
