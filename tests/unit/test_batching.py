@@ -236,7 +236,7 @@ class TestSlots:
 
         held = slots.take(10**6)
 
-        assert calls < held <= calls + max(1, min(calls // 4, MAX_IDS))
+        assert held == calls  # nothing has ended yet: there is no pace to look ahead by
         assert not slots.wants_work
         assert slots.take(1) == 0
 
@@ -252,10 +252,57 @@ class TestSlots:
             for _ in range(min(-step, held)):
                 slots.give_back()
                 held -= 1
-            assert held <= calls + max(1, min(calls // 4, MAX_IDS))
+            assert held <= calls
         while held:
             slots.give_back()
             held -= 1
+        assert slots.wants_work
+
+    @pytest.mark.parametrize(
+        ("calls", "ended_a_second", "ahead"),
+        [(4, 1, 0), (500, 100, 10), (500, 500, 50), (500, 5000, 250), (64, 4000, 200)],
+    )
+    def test_it_looks_a_tenth_of_a_second_ahead(
+        self, calls: int, ended_a_second: int, ahead: int
+    ) -> None:
+        now = 0.0
+        slots = Slots(calls, clock=lambda: now)
+        for _ in range(ended_a_second):
+            assert slots.take(1) == 1
+            slots.ended()
+            slots.written()
+        now = 1.0
+        assert slots.wants_work  # this measures the pace
+
+        assert slots.take(10**6) == calls + ahead
+
+    def test_without_a_pace_the_look_ahead_fades(self) -> None:
+        now = 0.0
+        slots = Slots(500, clock=lambda: now)
+        for _ in range(500):
+            slots.take(1)
+            slots.ended()
+            slots.written()
+        seen = []
+        for second in range(1, 30):
+            now = float(second)
+            assert slots.wants_work
+            seen.append(slots.free - 500)
+
+        assert seen[0] == 50
+        assert seen == sorted(seen, reverse=True)
+        assert seen[-1] <= 3
+
+    def test_a_database_that_lags_behind_shuts_the_queues(self) -> None:
+        slots = Slots(10)
+        for _ in range(10 + MAX_IDS + 1):
+            slots.take(1)
+            slots.ended()
+        assert slots.free
+        assert not slots.wants_work
+
+        slots.written()
+
         assert slots.wants_work
 
     def test_what_is_shut_stays_shut(self) -> None:

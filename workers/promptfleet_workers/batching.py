@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 
 from promptfleet_shared.fleet import BatchOptions
 from promptfleet_shared.queueing import MAX_IDS
+
+AHEAD_S = 0.1
+PACE_S = 0.25
 
 
 class DoorbellWait:
@@ -88,39 +92,53 @@ class BatchWindow:
 class Slots:
     """How many jobs a worker holds, against how many it may: what opens and shuts its queues.
 
-    A worker that took more ids than it can call would keep them from an idle one. The few that it
-    may hold beyond its calls (a quarter, a doorbell's worth at most) bridge the time from a call's
-    end to the next one's claim. A job that has ended gives its slot back before it is written; but
-    while the database lags behind by as many jobs again, no more are taken.
+    A worker that took more ids than it can call would keep them from an idle one. All that it may
+    hold beyond its calls is what will end within a tenth of a second at its present pace, to
+    bridge the time from a call's end to the next one's claim. A job that has ended gives its slot
+    back before it is written; but while the database lags behind by as many jobs again, no more
+    are taken.
     """
 
-    def __init__(self, calls: int) -> None:
-        """For a worker that may have `calls` provider calls in flight."""
-        self._margin = max(1, min(calls // 4, MAX_IDS))
-        self._size = self._free = calls + self._margin
+    def __init__(self, calls: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """For a worker that may have `calls` provider calls in flight; `clock` in seconds."""
+        self._calls = calls
+        self._clock = clock
+        self._held = 0
         self._unwritten = 0
+        self._shut = False
         self._lock = threading.Lock()
+        self._ahead = 0
+        self._ended = 0
+        self._measured_at = clock()
 
     @property
     def wants_work(self) -> bool:
         """True if the next doorbell is worth taking from the queue."""
-        return self._free >= self._margin and self._unwritten <= self._size
+        self._measure()
+        worth = max(1, min(self._ahead // 2, MAX_IDS))
+        return self.free >= worth and self._unwritten <= self._calls + MAX_IDS
+
+    @property
+    def free(self) -> int:
+        """Ids that may be taken now."""
+        return 0 if self._shut else max(0, self._calls + self._ahead - self._held)
 
     def take(self, wanted: int) -> int:
         """Take up to `wanted` slots; returns how many there were. From any thread."""
         with self._lock:
-            taken = max(0, min(wanted, self._free))
-            self._free -= taken
+            taken = min(wanted, self.free)
+            self._held += taken
         return taken
 
     def give_back(self) -> None:
         """One slot is free again."""
         with self._lock:
-            self._free += 1
+            self._held -= 1
 
     def ended(self) -> None:
         """A job's slot is free again, and its end is still to be written."""
         self._unwritten += 1
+        self._ended += 1
         self.give_back()
 
     def written(self) -> None:
@@ -129,8 +147,18 @@ class Slots:
 
     def shut(self) -> None:
         """Hand out no slot any more."""
-        with self._lock:
-            self._free = -1_000_000_000
+        self._shut = True
+
+    def _measure(self) -> None:
+        now = self._clock()
+        elapsed_s = now - self._measured_at
+        if elapsed_s >= PACE_S:
+            pace = self._ended / elapsed_s
+            self._ended = 0
+            self._measured_at = now
+            # Quick to grow and slow to shrink: calls that began together end together.
+            self._ahead = max(int(pace * AHEAD_S), self._ahead * 3 // 4)
+            self._ahead = min(self._ahead, max(self._calls // 2, 2 * MAX_IDS))
 
 
 FlushBatch = Callable[[str, list[Ticket]], Awaitable[None]]

@@ -68,8 +68,8 @@ class FleetWorker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 50)
-        # Celery's threads do little and often; after 5 ms each time the loop would stand still.
-        sys.setswitchinterval(0.0005)
+        # Celery's threads do little and often, and the loop would stand still for 5 ms each time.
+        sys.setswitchinterval(0.001)
 
     @property
     def wants_work(self) -> bool:
