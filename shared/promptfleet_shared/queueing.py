@@ -40,11 +40,12 @@ log = logging.getLogger(__name__)
 
 def make_celery(broker_url: str, tiers: Iterable[str], *, include: Sequence[str] = ()) -> Celery:
     """The Celery app that producers and workers share: what they must agree on, and only that."""
+    queues = [_queue(tier) for tier in tiers]
     app = Celery("promptfleet", broker=broker_url, include=list(include), set_as_current=False)
     app.conf.update(
-        task_queues=[_queue(tier) for tier in tiers],
+        task_queues=queues,
         task_create_missing_queues=True,
-        task_default_queue="prompts.default",
+        task_default_queue=queues[0].name,  # else Flower shows a queue that nobody uses
         task_ignore_result=True,
         task_serializer="json",
         accept_content=["json"],
