@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from promptfleet_shared.fleet import BatchOptions
 from promptfleet_shared.queueing import MAX_IDS
 
-AHEAD_S = 0.1
+AHEAD_S = 0.2
 PACE_S = 0.25
 
 
@@ -93,7 +93,7 @@ class Slots:
     """How many jobs a worker holds, against how many it may: what opens and shuts its queues.
 
     A worker that took more ids than it can call would keep them from an idle one. All that it may
-    hold beyond its calls is what will end within a tenth of a second at its present pace, to
+    hold beyond its calls is what will end within a fifth of a second at its present pace, to
     bridge the time from a call's end to the next one's claim. A job that has ended gives its slot
     back before it is written; but while the database lags behind by as many jobs again, no more
     are taken.

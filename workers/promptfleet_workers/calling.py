@@ -105,7 +105,7 @@ class Caller:
         if not live:
             self._slots.release()
             return
-        task = asyncio.create_task(self._run(live))
+        task = self._alarms.loop.create_task(self._run(live))
         # Not a `finally` within: a task that is cancelled before its first step runs none of it.
         task.add_done_callback(lambda _: self._ended(live))
         self._claims.work(task, [work.job for work in live])
@@ -200,8 +200,9 @@ class Caller:
             input_tokens=[work.job.input_tokens for work in works],
             timeouts=candidate.timeouts,
         )
-        task = this_task()
-        self._alarms.set(task, asyncio.get_running_loop().time() + limit_s)
+        loop = self._alarms.loop
+        task = this_task(loop)
+        self._alarms.set(task, loop.time() + limit_s)
         try:
             return await candidate.provider.call(call)
         except asyncio.CancelledError:

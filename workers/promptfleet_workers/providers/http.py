@@ -90,13 +90,13 @@ class HttpClient:
                 `timeout`, `connection_lost` or `response_too_large` (the outcome is unknown).
         """
         extensions = {"timeout": {"connect": timeouts.connect_timeout_ms / 1000}}
-        task = this_task()
-        clock = asyncio.get_running_loop().time
-        self._alarms.set(task, clock() + timeouts.first_byte_timeout_ms / 1000)
+        loop = self._alarms.loop
+        task = this_task(loop)
+        self._alarms.set(task, loop.time() + timeouts.first_byte_timeout_ms / 1000)
         try:
             request = endpoint.request(body, extensions)
             response = await self._transport.handle_async_request(request)
-            received = await self._read(response, timeouts.idle_timeout_ms / 1000)
+            received = await self._read(task, response, timeouts.idle_timeout_ms / 1000)
             return HttpResponse(response.status_code, response.headers, received)
         except asyncio.CancelledError:
             if not self._alarms.went_off(task):
@@ -112,13 +112,14 @@ class HttpClient:
         """Close every connection."""
         await self._transport.aclose()
 
-    async def _read(self, response: httpx.Response, idle_s: float) -> bytes:
+    async def _read(
+        self, task: asyncio.Task[Any], response: httpx.Response, idle_s: float
+    ) -> bytes:
         """The decoded body, refused once it is too long, given up once it stalls."""
         stream = cast("httpx.AsyncByteStream", response.stream)
         pieces = []
         size = 0
-        task = this_task()
-        clock = asyncio.get_running_loop().time
+        clock = self._alarms.loop.time
         self._alarms.set(task, clock() + idle_s)
         try:
             async for piece in stream:
