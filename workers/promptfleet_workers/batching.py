@@ -115,7 +115,7 @@ class Slots:
     def wants_work(self) -> bool:
         """True if the next doorbell is worth taking from the queue."""
         self._measure()
-        worth = max(1, min(self._ahead // 2, MAX_IDS))
+        worth = max(1, min(self._ahead, MAX_IDS))
         return self.free >= worth and self._unwritten <= self._calls + MAX_IDS
 
     @property
