@@ -38,10 +38,10 @@ PRIORITY_STEPS = tuple(range(8))
 log = logging.getLogger(__name__)
 
 
-def make_celery(broker_url: str, tiers: Iterable[str], *, include: Sequence[str] = ()) -> Celery:
+def make_celery(broker_url: str, tiers: Iterable[str]) -> Celery:
     """The Celery app that producers and workers share: what they must agree on, and only that."""
     queues = [_queue(tier) for tier in tiers]
-    app = Celery("promptfleet", broker=broker_url, include=list(include), set_as_current=False)
+    app = Celery("promptfleet", broker=broker_url, set_as_current=False)
     app.conf.update(
         task_queues=queues,
         task_create_missing_queues=True,

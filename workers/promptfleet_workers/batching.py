@@ -14,7 +14,9 @@ from promptfleet_shared.fleet import BatchOptions
 from promptfleet_shared.queueing import MAX_IDS
 
 AHEAD_S = 0.2
+"""How far a worker looks ahead: it holds what will end within so many seconds."""
 PACE_S = 0.25
+"""Over how many seconds, at least, the pace of ending calls is measured."""
 
 
 class DoorbellWait:

@@ -97,10 +97,10 @@ class Endings:
         paid = work.cache in {CacheStatus.OFF, CacheStatus.MISS}
         model = completion.model or candidate.model_there
         usage = completion.usage if paid else NO_USAGE
-        cost = FREE
+        cost: Decimal | None = FREE
         if paid:
             provider = candidate.deployment.provider
-            cost = self._pricer.cost(provider, model, usage, candidate.price_as)  # type: ignore[assignment]
+            cost = self._pricer.cost(provider, model, usage, candidate.price_as)
             self._remember(work, completion, candidate)
         self._finish(
             work,
