@@ -44,6 +44,13 @@ class JobKind(enum.StrEnum):
     EMBEDDING = "embedding"
 
 
+class OnUnknown(enum.StrEnum):
+    """What becomes of a job when nobody knows whether its call was answered, and billed."""
+
+    RETRY = "retry"  # call again: an answer matters more than what it costs
+    FAIL = "fail"  # end as failed, code `unknown_outcome`: nothing may be done twice
+
+
 class CacheMode(enum.StrEnum):
     """How a job uses the response cache."""
 
@@ -94,6 +101,7 @@ class JobSpec:
     metadata: dict[str, Any] | None = None
     idempotency_key: str | None = None
     callback_url: str | None = None
+    on_unknown: OnUnknown = OnUnknown.RETRY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

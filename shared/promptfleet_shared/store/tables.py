@@ -7,7 +7,7 @@ import datetime as dt
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from promptfleet_shared.jobs import FINAL_STATES, CacheStatus, JobKind, JobState
+from promptfleet_shared.jobs import FINAL_STATES, CacheStatus, JobKind, JobState, OnUnknown
 
 metadata = sa.MetaData(
     naming_convention={
@@ -71,6 +71,9 @@ jobs = sa.Table(
     _counter("crashes"),
     _counter("calls"),
     _counter("unknown_calls"),
+    # Calls that the present claim has begun or is about to begin: what a lost lease is charged.
+    _counter("claim_calls"),
+    _text("on_unknown", default=OnUnknown.RETRY.value),
     _counter("deferrals"),
     sa.Column("fence", sa.BigInteger, nullable=False, server_default="0"),
     _text("lease_owner", nullable=True),
@@ -80,6 +83,7 @@ jobs = sa.Table(
     _instant("finished_at", nullable=True),
     _one_of("state", JobState),
     _one_of("kind", JobKind),
+    _one_of("on_unknown", OnUnknown),
     sa.CheckConstraint("priority BETWEEN 0 AND 9", name="priority"),
     sa.CheckConstraint(
         "(state IN ('cancelled', 'expired', 'failed', 'succeeded')) = (finished_at IS NOT NULL)",
@@ -155,15 +159,35 @@ callbacks = sa.Table(
     sa.Column("job_id", pg.UUID, nullable=False),
     _text("tenant"),
     _text("url"),
+    # The URL without its query: what is slowed down, paused and disabled as one.
+    sa.Column(
+        "endpoint", sa.Text, sa.Computed("split_part(url, '?', 1)", persisted=True), nullable=False
+    ),
     _text("event"),
     _counter("attempts"),
     _instant("next_at"),
     _instant("created_at"),
     _instant("delivered_at", nullable=True),
     _instant("exhausted_at", nullable=True),
+    _instant("lease_until", nullable=True),
+    sa.Column("last_status", sa.Integer),
+    _text("last_error", nullable=True),
+    sa.Index("callbacks_job_idx", "job_id"),
     sa.Index(
         "callbacks_due_idx",
         "next_at",
         postgresql_where=sa.text("delivered_at IS NULL AND exhausted_at IS NULL"),
     ),
+)
+
+# What is known of those who receive callbacks; a row comes with an endpoint's first failure.
+callback_endpoints = sa.Table(
+    "callback_endpoints",
+    metadata,
+    _text("tenant"),
+    _text("endpoint"),
+    _counter("failures"),
+    _instant("paused_until", nullable=True),
+    _instant("disabled_at", nullable=True),
+    sa.PrimaryKeyConstraint("tenant", "endpoint", name="callback_endpoints_pkey"),
 )
