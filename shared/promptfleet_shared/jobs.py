@@ -129,6 +129,7 @@ class ClaimedJob:
     attempt: int
     deferrals: int
     calls: int
+    on_unknown: OnUnknown
     queued_ms: float
     remaining_s: float
 

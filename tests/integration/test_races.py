@@ -47,7 +47,6 @@ class Arena:
         self.lock = threading.Lock()
         self.claims: collections.Counter[uuid.UUID] = collections.Counter()
         self.fences: dict[uuid.UUID, list[int]] = collections.defaultdict(list)
-        self.takeovers: collections.Counter[str] = collections.Counter()
         self.landed: dict[uuid.UUID, list[int]] = collections.defaultdict(list)
         self.refused = 0
         self.swept: collections.Counter[str] = collections.Counter()
@@ -247,7 +246,7 @@ def _check(arena: Arena, rows: list[Any]) -> None:
         assert all(fence <= row.fence for fence in fences), about
         assert row.attempt + row.deferrals + row.crashes == arena.claims[row.id], about
         swept = row.fence - arena.claims[row.id]  # the sweeper fences off what it takes away
-        assert 0 <= swept <= row.crashes <= sweeping.MAX_CRASHES, about
+        assert swept == row.crashes <= sweeping.MAX_CRASHES, about
         assert row.unknown_calls == row.crashes, about
         assert row.paid == row.calls, about
         if row.crashes == sweeping.MAX_CRASHES and row.state == "failed":

@@ -44,7 +44,7 @@ from promptfleet_shared.jobs import (
     Usage,
 )
 from promptfleet_shared.store import migrating, sweeping
-from promptfleet_shared.store.claims import heartbeat, release
+from promptfleet_shared.store.claims import begin_calls, heartbeat, release
 from promptfleet_shared.store.engines import make_engine
 from promptfleet_shared.store.finishing import finish
 from promptfleet_shared.store.results import read_results, request_cancel, states
@@ -280,33 +280,15 @@ class TestClaim:
     def test_no_ids_at_all(self, database: sa.Engine) -> None:
         assert claim_some(database, []) == []
 
-    def test_a_lapsed_lease_is_taken_over_as_a_crash(self, database: sa.Engine) -> None:
-        job = spec()
-        insert(database, job)
-        first = claim_one(database, job.id)
-        change(database, job.id, lease_until=ago(1))
-
-        second = claim_one(database, job.id)
-
-        assert second.fence == first.fence + 1
-        row = job_row(database, job.id)
-        assert row["crashes"] == 1
-        assert row["unknown_calls"] == 1  # as when the sweeper finds it: it may have been paid
-
-    def test_what_was_lost_too_often_is_left_to_the_sweeper(self, database: sa.Engine) -> None:
+    def test_a_lapsed_lease_is_the_sweepers_to_judge(self, database: sa.Engine) -> None:
         job = spec()
         insert(database, job)
         claim_one(database, job.id)
-        change(
-            database,
-            job.id,
-            lease_until=ago(1),
-            crashes=str(sweeping.MAX_CRASHES - 1),
-            sweep_at=ago(1),
-        )
+        change(database, job.id, lease_until=ago(1), sweep_at=ago(1))
 
         assert claim_some(database, [job.id]) == []
-        assert sweep(database).verdicts == {"poison": 1}
+        assert sweep(database).verdicts == {"lost": 1}
+        assert claim_one(database, job.id).attempt == 1
 
     def test_what_another_claimer_has_locked_is_passed_over(self, database: sa.Engine) -> None:
         mine, theirs = spec(), spec()
@@ -330,10 +312,10 @@ class TestHeartbeat:
         cancel(database, cancelled.id)
         change(database, fenced.id, fence="fence + 1")
 
-        alive = beat(database, claims, lease_s=100)
+        alive = beat(database, claims, lease_s=40)
 
         assert alive == {held.id: False, cancelled.id: True}
-        assert seconds_until(database, held.id, "lease_until") > 90
+        assert seconds_until(database, held.id, "lease_until") > 30
         assert seconds_until(database, fenced.id, "lease_until") < 2
 
     def test_a_late_beat_keeps_a_job_that_nobody_took(self, database: sa.Engine) -> None:
@@ -344,9 +326,64 @@ class TestHeartbeat:
 
         assert beat(database, {job.id: claimed.fence}) == {job.id: False}
 
+    def test_no_beat_keeps_a_job_long_after_its_deadline(self, database: sa.Engine) -> None:
+        job = spec(deadline_s=100)
+        insert(database, job)
+        claimed = claim_one(database, job.id, lease_s=2)
+        change(database, job.id, deadline=ago(10))
+
+        assert beat(database, {job.id: claimed.fence}, lease_s=100) == {job.id: False}
+
+        assert 3 < seconds_until(database, job.id, "lease_until") <= 5
+
+
+class TestBeginCalls:
+    def test_what_a_lost_claim_had_begun_is_charged(self, database: sa.Engine) -> None:
+        job = spec()
+        insert(database, job)
+        claimed = claim_one(database, job.id)
+
+        assert begin(database, {job.id: (claimed.fence, 3)}) == {job.id}
+        change(database, job.id, lease_until=ago(1), sweep_at=ago(1))
+        found = sweep(database)
+
+        assert (found.verdicts, found.unknown_calls) == ({"lost": 1}, 3)
+        row = job_row(database, job.id)
+        assert (row["calls"], row["unknown_calls"], row["claim_calls"]) == (3, 3, 0)
+        (paid,) = ledger_rows(database, job.id)
+        assert (paid["calls"], paid["unknown_calls"]) == (3, 3)
+
+    def test_what_ended_is_charged_its_own_calls_alone(self, database: sa.Engine) -> None:
+        job = spec()
+        insert(database, job)
+        claimed = claim_one(database, job.id)
+        begin(database, {job.id: (claimed.fence, 2)})
+
+        finish_all(database, outcome(claimed, calls=1))
+
+        row = job_row(database, job.id)
+        assert (row["calls"], row["unknown_calls"], row["claim_calls"]) == (1, 0, 0)
+
+    def test_nobody_calls_for_what_is_lost_lapsed_or_cancelled(self, database: sa.Engine) -> None:
+        held, moved, lapsed, cancelled = jobs = [spec() for _ in range(4)]
+        insert(database, *jobs)
+        claims = {job.id: (claim_one(database, job.id).fence, 2) for job in jobs}
+        change(database, moved.id, fence="fence + 1")
+        change(database, lapsed.id, lease_until=ago(1))
+        cancel(database, cancelled.id)
+
+        assert begin(database, claims) == {held.id}
+        assert job_row(database, lapsed.id)["claim_calls"] == 1
+
+
+def begin(database: sa.Engine, begun: dict[uuid.UUID, tuple[int, int]]) -> set[uuid.UUID]:
+    with database.begin() as connection:
+        return begin_calls(connection, begun)
+
 
 def claim_one_again(database: sa.Engine, job_id: uuid.UUID) -> Any:
-    change(database, job_id, lease_until=ago(1))
+    change(database, job_id, lease_until=ago(1), sweep_at=ago(1))
+    assert sweep(database).verdicts == {"lost": 1}
     return claim_one(database, job_id)
 
 
@@ -400,11 +437,12 @@ class TestRelease:
         stale = claim_one(database, job.id)
         claim_one_again(database, job.id)
         before = job_row(database, job.id)
+        paid = ledger_rows(database, job.id)
 
         assert give_back(database, Release(job_id=job.id, fence=stale.fence, calls=1)) == []
 
         assert job_row(database, job.id) == before
-        assert ledger_rows(database, job.id) == []
+        assert ledger_rows(database, job.id) == paid
 
     def test_the_sweeper_looks_no_later_than_the_deadline(self, database: sa.Engine) -> None:
         job = spec(deadline_s=5.0)
@@ -517,12 +555,13 @@ class TestFinish:
         stale = claim_one(database, job.id)
         claim_one_again(database, job.id)
         before = job_row(database, job.id)
+        paid = ledger_rows(database, job.id)
 
         assert finish_all(database, outcome(stale)) == set()
 
         assert job_row(database, job.id) == before
         assert result_rows(database, job.id) == []
-        assert ledger_rows(database, job.id) == []
+        assert ledger_rows(database, job.id) == paid
         assert callback_rows(database, job.id) == []
 
     def test_a_result_never_changes(self, database: sa.Engine) -> None:
@@ -569,7 +608,8 @@ class TestFinish:
 
         assert written == {job.id, other.id}
         assert [row["text"] for row in result_rows(database, job.id)] == ["rightful"]
-        assert [row["calls"] for row in ledger_rows(database, job.id)] == [1]
+        paid = [(row["calls"], row["unknown_calls"]) for row in ledger_rows(database, job.id)]
+        assert paid == [(1, 1), (1, 0)]  # the lost claim's, and the rightful owner's
 
     def test_what_postgres_can_not_hold(self, database: sa.Engine) -> None:
         job = spec()
@@ -699,6 +739,37 @@ class TestSweep:
         assert result.error.code == "poison"
         assert [row["event"] for row in callback_rows(database, job.id)] == ["prompt.failed"]
         assert claim_some(database, [job.id]) == []
+
+    def test_a_job_that_must_not_be_called_twice_ends_with_its_worker(
+        self, database: sa.Engine
+    ) -> None:
+        job = spec()
+        insert(database, job)
+        change(database, job.id, on_unknown="'fail'")
+        claimed = claim_one(database, job.id)
+        begin(database, {job.id: (claimed.fence, 1)})
+        change(database, job.id, lease_until=ago(1), sweep_at=ago(1))
+
+        found = sweep(database)
+
+        assert (found.verdicts, found.unknown_calls, found.doorbells) == ({"unknown": 1}, 1, [])
+        with database.connect() as connection:
+            result = read_results(connection, [job.id], tenant=TENANT)[job.id]
+        assert (result.state, result.calls) == (JobState.FAILED, 1)
+        assert result.error is not None
+        assert result.error.code == "unknown_outcome"
+
+    def test_before_its_call_it_may_be_lost_like_any_other(self, database: sa.Engine) -> None:
+        job = spec()
+        insert(database, job)
+        change(database, job.id, on_unknown="'fail'")
+        claim_one(database, job.id)
+        change(database, job.id, lease_until=ago(1), sweep_at=ago(1))
+
+        found = sweep(database)
+
+        assert (found.verdicts, found.unknown_calls) == ({"lost": 1}, 0)
+        assert job_row(database, job.id)["calls"] == 0
 
     @pytest.mark.parametrize("running", [False, True], ids=["queued", "lost"])
     def test_an_overdue_job_expires(self, database: sa.Engine, *, running: bool) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import enum
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable
 
@@ -15,6 +16,10 @@ from promptfleet_shared.store import claims as store
 from promptfleet_shared.store.database import Database
 
 log = logging.getLogger(__name__)
+
+
+FRESH_S = 4.5
+"""Seconds that the database's word on a claim is good for: a call starts within them or waits."""
 
 
 class Abort(enum.Enum):
@@ -33,6 +38,8 @@ class Claims:
         self._held: dict[uuid.UUID, int] = {}
         self._tasks: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._aborted: dict[uuid.UUID, Abort] = {}
+        self._confirmed_at = -FRESH_S
+        self._confirmed = asyncio.Event()
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -82,6 +89,27 @@ class Claims:
         for job_id in list(self._held):
             self.abort(job_id, reason)
 
+    def is_fresh(self, claimed_at: float) -> bool:
+        """True if the database has confirmed a claim just now, by itself or by a heartbeat.
+
+        A claim that is not fresh may be lost or cancelled without our knowing: after a pause of
+        this process, or while the database is away.
+
+        Args:
+            claimed_at: When the claim was asked for, by `time.monotonic`.
+        """
+        return time.monotonic() - max(claimed_at, self._confirmed_at) < FRESH_S
+
+    async def confirmation(self) -> None:
+        """Wait for the next heartbeat that the database answers."""
+        await self._confirmed.wait()
+
+    def confirm(self, asked_at: float) -> None:
+        """All that is held and not aborted was ours at this moment, by `time.monotonic`."""
+        self._confirmed_at = asked_at
+        self._confirmed.set()
+        self._confirmed.clear()
+
     def fences(self) -> dict[uuid.UUID, int]:
         """The fence of each held job; safe to call from another thread."""
         return dict(self._held)
@@ -119,8 +147,8 @@ class Heartbeat:
 
     @property
     def interval_s(self) -> float:
-        """Seconds between beats: a quarter of the lease, and soon enough to hear of a cancel."""
-        return min(self._lease_s / 4, 4.0)
+        """Seconds between beats: a quarter of the lease, and twice while a claim is fresh."""
+        return min(self._lease_s / 4, FRESH_S / 2)
 
     def start(self) -> None:
         """Start the thread."""
@@ -144,6 +172,7 @@ class Heartbeat:
         held = self._claims.fences()
         if not held:
             return
+        asked_at = time.monotonic()
         alive = self._database.run(
             lambda connection: store.heartbeat(connection, held, lease_s=self._lease_s)
         )
@@ -153,6 +182,7 @@ class Heartbeat:
                 self._on_loop(self._lost, job_id, fence)
             elif cancelled:
                 self._on_loop(self._claims.abort, job_id, Abort.CANCELLED)
+        self._on_loop(self._claims.confirm, asked_at)
 
     def _lost(self, job_id: uuid.UUID, fence: int) -> None:
         # A job that finished during the beat is missing too, but is no longer held.

@@ -16,47 +16,69 @@ from promptfleet_shared.jobs import (
     Doorbell,
     JobError,
     JobKind,
+    OnUnknown,
     Release,
 )
-from promptfleet_shared.store.sweeping import MAX_CRASHES
 
 LEASE_S = 45.0
 """Seconds that a claim lasts without a heartbeat."""
 
+DEADLINE_GRACE_S = 15.0
+"""Seconds after its deadline that a job's lease can still be extended to: a worker that hangs must
+not keep it for ever."""
+
 # Locking in the order of ids, and passing over what somebody else is claiming this very moment,
 # makes any number of claimers free of deadlocks. `sweep_at` moves only where it would come later
 # than the lease ends: in the usual case no indexed column changes and Postgres updates in place.
+# A lapsed lease is the sweeper's to judge, and nobody else's: one place that counts what was lost.
 _CLAIM = sa.text("""
 WITH runnable AS MATERIALIZED (
     SELECT id AS job_id FROM jobs
-     WHERE id = ANY(:ids) AND NOT cancel_requested AND deadline > clock_timestamp()
-       AND (state = 'queued' AND run_at <= clock_timestamp()
-            OR state = 'running' AND lease_until < clock_timestamp()
-               AND crashes + 1 < :max_crashes)
+     WHERE id = ANY(:ids) AND state = 'queued' AND run_at <= clock_timestamp()
+       AND NOT cancel_requested AND deadline > clock_timestamp()
      ORDER BY id FOR UPDATE SKIP LOCKED)
-UPDATE jobs SET state = 'running', fence = fence + 1,
-       -- A lost lease was no attempt that failed: its number is used again.
-       attempt = attempt + CASE WHEN state = 'running' THEN 0 ELSE 1 END,
-       crashes = crashes + CASE WHEN state = 'running' THEN 1 ELSE 0 END,
-       unknown_calls = unknown_calls + CASE WHEN state = 'running' THEN 1 ELSE 0 END,
+UPDATE jobs SET state = 'running', fence = fence + 1, attempt = attempt + 1,
+       -- The first call needs no word from the worker, unless it must be known for sure.
+       claim_calls = CASE on_unknown WHEN 'fail' THEN 0 ELSE 1 END,
        lease_owner = :worker, lease_until = clock_timestamp() + :lease_s * interval '1 second',
        sweep_at = least(sweep_at, clock_timestamp() + :lease_s * interval '1 second')
   FROM runnable WHERE id = job_id
 RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, priority, cache,
-          attempt, deferrals, calls,
+          attempt, deferrals, calls, on_unknown,
           greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
           extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s
-""").bindparams(max_crashes=MAX_CRASHES)
+""")
 
+# Beats come often, to hear of cancellations, but write only where a third of the lease is over:
+# a job that ends before then costs no write.
 _HEARTBEAT = sa.text("""
 WITH held AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS h (job_id, held_fence)
-), locked AS MATERIALIZED (
+), late AS MATERIALIZED (
     SELECT id FROM jobs JOIN held ON id = job_id
-     WHERE fence = held_fence AND state = 'running' ORDER BY id FOR UPDATE OF jobs)
-UPDATE jobs SET lease_until = clock_timestamp() + :lease_s * interval '1 second'
-  FROM locked WHERE jobs.id = locked.id
-RETURNING jobs.id, cancel_requested
+     WHERE fence = held_fence AND state = 'running'
+       AND lease_until < clock_timestamp() + :lease_s * interval '1 second' * 2 / 3
+     ORDER BY id FOR UPDATE OF jobs
+), extended AS (
+    UPDATE jobs SET lease_until = least(
+               clock_timestamp() + :lease_s * interval '1 second',
+               greatest(lease_until, deadline + :grace_s * interval '1 second'))
+      FROM late WHERE jobs.id = late.id
+)
+SELECT id, cancel_requested FROM jobs JOIN held ON id = job_id
+ WHERE fence = held_fence AND state = 'running'
+""").bindparams(grace_s=DEADLINE_GRACE_S)
+
+_BEGIN_CALLS = sa.text("""
+WITH held AS (
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[]), CAST(:calls AS int[]))
+               AS h (job_id, held_fence, begun)
+), locked AS MATERIALIZED (
+    SELECT id, begun FROM jobs JOIN held ON id = job_id
+     WHERE fence = held_fence AND state = 'running' AND NOT cancel_requested
+       AND lease_until > clock_timestamp() ORDER BY id FOR UPDATE OF jobs)
+UPDATE jobs SET claim_calls = greatest(claim_calls, begun) FROM locked WHERE jobs.id = locked.id
+RETURNING jobs.id
 """)
 
 _RELEASE = sa.text("""
@@ -68,7 +90,7 @@ WITH input AS (
     SELECT id, input.* FROM jobs JOIN input ON id = job_id
      WHERE fence = held_fence AND state = 'running' ORDER BY id FOR UPDATE OF jobs
 ), released AS (
-    UPDATE jobs SET state = 'queued', lease_owner = NULL, lease_until = NULL,
+    UPDATE jobs SET state = 'queued', lease_owner = NULL, lease_until = NULL, claim_calls = 0,
            run_at = clock_timestamp() + locked.delay_s * interval '1 second',
            sweep_at = CASE WHEN cancel_requested THEN clock_timestamp() ELSE least(deadline,
                       clock_timestamp() + locked.delay_s * interval '1 second') END,
@@ -99,8 +121,7 @@ def claim(
     """Take those of the jobs that may run now, for `lease_s` seconds.
 
     An id that can't be claimed (running, final, not due, cancelled, overdue) is left out: its
-    doorbell was stale. Taking over a lapsed lease counts as a crash of its former owner, and the
-    one that would be a crash too many is left to the sweeper.
+    doorbell was stale.
     """
     rows = connection.execute(_CLAIM, {"ids": list(ids), "worker": worker, "lease_s": lease_s})
     return [_claimed(row) for row in rows.all()]  # fetching one by one costs twice as much
@@ -121,8 +142,9 @@ def _claimed(row: Any) -> ClaimedJob:
         attempt=row[10],
         deferrals=row[11],
         calls=row[12],
-        queued_ms=row[13],
-        remaining_s=row[14],
+        on_unknown=OnUnknown(row[13]),
+        queued_ms=row[14],
+        remaining_s=row[15],
     )
 
 
@@ -150,6 +172,29 @@ def heartbeat(
     """
     parameters = {"ids": list(held), "fences": list(held.values()), "lease_s": lease_s}
     return {row[0]: row[1] for row in connection.execute(_HEARTBEAT, parameters)}
+
+
+def begin_calls(
+    connection: sa.Connection, begun: Mapping[uuid.UUID, tuple[int, int]]
+) -> set[uuid.UUID]:
+    """Write down, before a call is made, how many calls a claim will have begun with it.
+
+    What a claim has begun is charged to its job should its worker be lost. The first call is
+    charged by the claim itself, except for jobs that must not be called twice.
+
+    Args:
+        connection: In a transaction that the caller commits.
+        begun: For each job the fence of its claim and the number of calls, this one included.
+
+    Returns:
+        The jobs that may be called: still held, and nobody asked for their cancellation.
+    """
+    parameters = {
+        "ids": list(begun),
+        "fences": [fence for fence, _ in begun.values()],
+        "calls": [calls for _, calls in begun.values()],
+    }
+    return set(connection.execute(_BEGIN_CALLS, parameters).scalars().all())
 
 
 def release(connection: sa.Connection, releases: Iterable[Release]) -> list[Doorbell]:

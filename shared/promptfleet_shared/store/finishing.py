@@ -27,7 +27,7 @@ WITH input AS (
      WHERE fence = held_fence AND jobs.state = 'running' ORDER BY id FOR UPDATE OF jobs
 ), done AS (
     UPDATE jobs SET state = input.state, finished_at = clock_timestamp(), lease_owner = NULL,
-           lease_until = NULL, calls = jobs.calls + input.calls,
+           lease_until = NULL, claim_calls = 0, calls = jobs.calls + input.calls,
            unknown_calls = jobs.unknown_calls + input.unknown_calls,
            last_error = coalesce(input.error, last_error)
       FROM locked JOIN input ON locked.id = job_id AND locked.fence = held_fence

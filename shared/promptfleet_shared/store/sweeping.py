@@ -18,12 +18,16 @@ RING_BACKOFF_MAX_S = 300
 # queued ones are rung again after 10 s, 20 s, 40 s … so that a long backlog is not rung to death.
 _SWEEP = sa.text("""
 WITH due AS MATERIALIZED (
-    SELECT id AS job_id, CASE
+    SELECT id AS job_id, state = 'running' AND lease_until < clock_timestamp() AS lapsed,
+           -- What a lost claim had begun to call may have been answered, and billed.
+           CASE WHEN state = 'running' AND lease_until < clock_timestamp()
+                THEN claim_calls ELSE 0 END AS charged, CASE
                WHEN state = 'running' AND lease_until >= clock_timestamp() THEN 'alive'
                WHEN state = 'submitted' AND deadline > clock_timestamp() THEN 'alive'
                WHEN cancel_requested THEN 'cancelled'
                WHEN deadline <= clock_timestamp() THEN 'expired'
                WHEN state = 'running' AND crashes + 1 >= :max_crashes THEN 'poison'
+               WHEN state = 'running' AND on_unknown = 'fail' AND claim_calls > 0 THEN 'unknown'
                WHEN state = 'running' THEN 'lost'
                ELSE 'ring' END AS verdict
       FROM jobs WHERE finished_at IS NULL AND sweep_at <= clock_timestamp()
@@ -31,33 +35,33 @@ WITH due AS MATERIALIZED (
 ), moved AS (
     UPDATE jobs SET
            state = CASE verdict WHEN 'alive' THEN state WHEN 'cancelled' THEN 'cancelled'
-                   WHEN 'expired' THEN 'expired' WHEN 'poison' THEN 'failed' ELSE 'queued' END,
-           finished_at = CASE WHEN verdict IN ('cancelled', 'expired', 'poison')
+                   WHEN 'expired' THEN 'expired' WHEN 'poison' THEN 'failed'
+                   WHEN 'unknown' THEN 'failed' ELSE 'queued' END,
+           finished_at = CASE WHEN verdict IN ('cancelled', 'expired', 'poison', 'unknown')
                          THEN clock_timestamp() END,
-           crashes = crashes + CASE WHEN state = 'running' AND verdict <> 'alive'
-                     THEN 1 ELSE 0 END,
+           calls = calls + charged, unknown_calls = unknown_calls + charged,
+           claim_calls = CASE WHEN lapsed THEN 0 ELSE claim_calls END,
            -- A lost lease counts as a crash and not as an attempt.
-           attempt = attempt - CASE WHEN state = 'running' AND verdict <> 'alive'
-                     THEN 1 ELSE 0 END,
-           unknown_calls = unknown_calls + CASE WHEN state = 'running' AND verdict <> 'alive'
-                           THEN 1 ELSE 0 END,
+           crashes = crashes + CAST(lapsed AS int), attempt = attempt - CAST(lapsed AS int),
            -- A lost claim is fenced off at once, so that a zombie's late result can't land.
-           fence = fence + CASE WHEN state = 'running' AND verdict <> 'alive' THEN 1 ELSE 0 END,
+           fence = fence + CAST(lapsed AS int),
            lease_owner = CASE WHEN verdict = 'alive' THEN lease_owner END,
            lease_until = CASE WHEN verdict = 'alive' THEN lease_until END,
            rings = rings + CASE WHEN verdict IN ('ring', 'lost') THEN 1 ELSE 0 END,
            rung_at = CASE WHEN verdict IN ('ring', 'lost') THEN clock_timestamp()
                      ELSE rung_at END,
-           last_error = CASE WHEN verdict = 'poison' THEN jsonb_build_object(
+           last_error = CASE verdict WHEN 'poison' THEN jsonb_build_object(
                 'code', 'poison', 'message', 'the job''s worker was lost too often')
-                WHEN verdict = 'expired' THEN jsonb_build_object(
+                WHEN 'unknown' THEN jsonb_build_object('code', 'unknown_outcome', 'message',
+                'the job''s worker was lost in mid-call, and the job must not be called twice')
+                WHEN 'expired' THEN jsonb_build_object(
                 'code', 'expired', 'message', 'the deadline passed before the job succeeded')
                 ELSE last_error END,
            sweep_at = CASE verdict WHEN 'alive' THEN coalesce(lease_until, deadline)
                 ELSE least(deadline, clock_timestamp() + interval '1 second' *
                      least(:backoff_max_s, :backoff_s * 2 ^ least(rings, 10))) END
       FROM due WHERE id = job_id
-    RETURNING jobs.*, verdict
+    RETURNING jobs.*, verdict, charged
 ), result AS (
     INSERT INTO results (job_id, tenant, tier, state, error, attempts, calls, total_ms, metadata,
                          created_at, finished_at)
@@ -66,12 +70,15 @@ WITH due AS MATERIALIZED (
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
            finished_at
       FROM moved WHERE finished_at IS NOT NULL
+), paid AS (
+    INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls)
+    SELECT id, tenant, tier, charged, charged FROM moved WHERE charged > 0
 ), outbox AS (
     INSERT INTO callbacks (job_id, tenant, url, event)
     SELECT id, tenant, callback_url, 'prompt.' || state
       FROM moved WHERE finished_at IS NOT NULL AND callback_url IS NOT NULL
 )
-SELECT id, tier, priority, verdict FROM moved
+SELECT id, tier, priority, verdict, charged FROM moved
 """).bindparams(max_crashes=MAX_CRASHES, backoff_s=RING_BACKOFF_S, backoff_max_s=RING_BACKOFF_MAX_S)
 
 # For a tier whose queue is empty although jobs are due: their doorbells are lost (or under way,
@@ -107,22 +114,27 @@ class Sweep:
 
     Attributes:
         doorbells: What to ring now.
-        verdicts: How many jobs got each verdict: alive, ring, lost, poison, cancelled, expired.
+        verdicts: How many jobs got each verdict: alive, ring, lost, poison, unknown, cancelled,
+            expired.
+        unknown_calls: Calls that lost claims had begun: nobody knows what became of them.
     """
 
     doorbells: list[Doorbell]
     verdicts: dict[str, int]
+    unknown_calls: int = 0
 
 
 def sweep(connection: sa.Connection, *, limit: int = 500) -> Sweep:
     """Judge up to `limit` jobs whose timer is due; the caller commits, then rings."""
     doorbells: list[Doorbell] = []
     verdicts: dict[str, int] = {}
+    unknown_calls = 0
     for row in connection.execute(_SWEEP, {"limit": limit}):
         verdicts[row.verdict] = verdicts.get(row.verdict, 0) + 1
+        unknown_calls += row.charged
         if row.verdict in {"ring", "lost"}:
             doorbells.append(Doorbell(job_id=row.id, tier=row.tier, priority=row.priority))
-    return Sweep(doorbells=doorbells, verdicts=verdicts)
+    return Sweep(doorbells=doorbells, verdicts=verdicts, unknown_calls=unknown_calls)
 
 
 def silent_doorbells(
