@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import TypeVar
@@ -15,7 +16,7 @@ from typing import TypeVar
 import orjson
 import pytest
 import sqlalchemy as sa
-from tests.rows import chat, insert, job_row, ledger_rows, result_rows, spec
+from tests.rows import change, chat, insert, job_row, ledger_rows, result_rows, spec
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Fleet, parse_fleet
@@ -70,6 +71,14 @@ async def answer_all(call: Call) -> list[Answer]:
 async def hang(call: Call) -> list[Answer]:
     await asyncio.Event().wait()
     raise AssertionError
+
+
+async def refuse_to_connect(call: Call) -> list[Answer]:
+    raise ProviderError("no", code="connect_error")
+
+
+async def lose_the_connection(call: Call) -> list[Answer]:
+    raise ProviderError("no", code="connection_lost", unknown_outcome=True)
 
 
 class Provider:
@@ -138,7 +147,11 @@ class Rig:
             emit=self.events.append,
         )
         self.caller = Caller(
-            fleet=self.fleet, claims=self.claims, endings=self.endings, calls=calls
+            database=self.database,
+            fleet=self.fleet,
+            claims=self.claims,
+            endings=self.endings,
+            calls=calls,
         )
         self.pipeline = Pipeline(
             database=self.database,
@@ -545,7 +558,9 @@ class TestCalls:
         insert(rig.rows, *jobs)
         await rig.settled(rig.take(*(job.id for job in jobs)))
 
-        assert [rig.state(job.id) for job in jobs] == ["running", "succeeded", "succeeded"]
+        assert [rig.state(job.id) for job in jobs] == ["failed", "succeeded", "succeeded"]
+        (row,) = result_rows(rig.rows, jobs[0].id)
+        assert (row["error"]["code"], row["response"], row["calls"]) == ("bad_response", None, 1)
         assert rig.claims.fences() == {}
 
     async def test_a_response_that_is_not_utf8_does_not_take_others_along(
@@ -563,8 +578,200 @@ class TestCalls:
         insert(rig.rows, *jobs)
         await rig.settled(rig.take(*(job.id for job in jobs)))
 
-        assert rig.state(jobs[1].id) == "succeeded"
+        assert [rig.state(job.id) for job in jobs] == ["failed", "succeeded"]
         assert rig.claims.fences() == {}
+
+
+class TestFreshness:
+    """After a pause of this process, or while the database is away, nothing is called blindly."""
+
+    async def test_a_claim_that_nobody_confirmed_lately_waits_for_a_heartbeat(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig(calls=1)
+        rig.provider.behaviour = hang
+        first, second = jobs = [spec(f"{n}") for n in range(2)]
+        insert(rig.rows, *jobs)
+        rig.take(first.id)
+        await rig.calling()
+        rig.caller._claims = rig.claims = stale = Stale(rig.claims)
+        rig.provider.behaviour = answer_all
+        rig.slots = rig.endings._slots = Slots(100)
+        waits = [rig.take(second.id)]
+        async with asyncio.timeout(DEADLINE_S):
+            while second.id not in rig.claims.fences():
+                await asyncio.sleep(0.001)
+
+        rig.claims.abort(first.id, Abort.DRAINED)  # its place is the second one's
+        async with asyncio.timeout(DEADLINE_S):
+            await stale.waited.wait()
+        assert len(rig.provider.calls) == 1
+
+        stale.confirm(time.monotonic())
+        await rig.settled(waits[0])
+        assert rig.state(second.id) == "succeeded"
+
+    async def test_what_the_heartbeat_finds_lost_is_never_called(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.pipeline._claims = rig.caller._claims = rig.endings._claims = stale = Stale(rig.claims)
+        job = spec()
+        insert(rig.rows, job)
+        wait = rig.take(job.id)
+        async with asyncio.timeout(DEADLINE_S):
+            await stale.waited.wait()
+
+        stale.abort(job.id, Abort.FENCED)
+        stale.confirm(time.monotonic())
+        await rig.settled(wait)
+
+        assert rig.provider.calls == []
+        assert rig.state(job.id) == "running"  # whoever has it now decides
+
+
+class Stale(Claims):
+    """Claims as they look after a long pause; `waited` tells that somebody asked."""
+
+    def __init__(self, claims: Claims) -> None:
+        vars(self).update(vars(claims))
+        self.waited = asyncio.Event()
+
+    def is_fresh(self, claimed_at: float) -> bool:
+        return super().is_fresh(claimed_at - 3600)
+
+    async def confirmation(self) -> None:
+        self.waited.set()
+        await super().confirmation()
+
+
+class TestSpending:
+    async def test_no_more_calls_than_a_job_may_cost(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        job = spec()
+        insert(rig.rows, job)
+        change(rig.rows, job.id, calls="8")
+
+        await rig.settled(rig.take(job.id))
+
+        (row,) = result_rows(rig.rows, job.id)
+        assert (row["state"], row["error"]["code"]) == ("failed", "max_calls")
+        assert rig.provider.calls == []
+
+    async def test_the_last_call_that_it_may_cost_is_not_made_twice(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = refuse_to_connect
+        job = spec()
+        insert(rig.rows, job)
+        change(rig.rows, job.id, calls="7", attempt="3")
+
+        await rig.settled(rig.take(job.id))
+
+        assert (len(rig.provider.calls), len(rig.providers["second"].calls)) == (1, 0)
+        assert rig.state(job.id) == "failed"
+
+    async def test_a_second_call_is_written_down_before_it_is_made(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = refuse_to_connect
+        rig.providers["second"].behaviour = hang
+        job = spec()
+        insert(rig.rows, job)
+        rig.take(job.id)
+        second = rig.providers["second"]
+        async with asyncio.timeout(DEADLINE_S):
+            while not second.calls:
+                second.changed.clear()
+                await second.changed.wait()
+
+        assert job_row(rig.rows, job.id)["claim_calls"] == 2
+
+    async def test_a_second_call_is_not_made_for_a_job_that_was_lost(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+        job = spec()
+
+        async def lose_it(call: Call) -> list[Answer]:
+            change(rig.rows, job.id, fence="fence + 1")
+            return await refuse_to_connect(call)
+
+        rig.provider.behaviour = lose_it
+        insert(rig.rows, job)
+        await rig.settled(rig.take(job.id))
+
+        assert rig.providers["second"].calls == []
+        assert rig.claims.fences() == {}
+
+    async def test_a_second_call_is_not_made_for_a_job_that_was_cancelled(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+        job = spec()
+
+        async def cancel_it(call: Call) -> list[Answer]:
+            change(rig.rows, job.id, cancel_requested="true")
+            return await refuse_to_connect(call)
+
+        rig.provider.behaviour = cancel_it
+        insert(rig.rows, job)
+        await rig.settled(rig.take(job.id))
+
+        assert rig.providers["second"].calls == []
+        assert rig.state(job.id) == "cancelled"
+
+
+class TestUnknownOutcomes:
+    async def test_by_default_the_job_is_tried_again(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = lose_the_connection
+        job = spec()
+        insert(rig.rows, job)
+        await rig.settled(rig.take(job.id))
+
+        row = job_row(rig.rows, job.id)
+        assert (row["state"], row["calls"], row["unknown_calls"]) == ("queued", 1, 1)
+
+    async def test_a_job_that_must_not_be_called_twice_fails(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = lose_the_connection
+        job = spec()
+        insert(rig.rows, job)
+        change(rig.rows, job.id, on_unknown="'fail'")
+        await rig.settled(rig.take(job.id))
+
+        (row,) = result_rows(rig.rows, job.id)
+        assert (row["state"], row["error"]["code"]) == ("failed", "unknown_outcome")
+        assert job_row(rig.rows, job.id)["unknown_calls"] == 1
+
+    async def test_its_call_is_written_down_before_it_is_made(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = hang
+        job, other = spec("a"), spec("b")
+        insert(rig.rows, job, other)
+        change(rig.rows, job.id, on_unknown="'fail'")
+        rig.take(job.id, other.id)
+        await rig.calling(2)
+
+        assert [job_row(rig.rows, j.id)["claim_calls"] for j in (job, other)] == [1, 1]
+
+    async def test_a_drain_in_mid_call_fails_it_and_gives_others_back(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = hang
+        job, other = spec("a"), spec("b")
+        insert(rig.rows, job, other)
+        change(rig.rows, job.id, on_unknown="'fail'")
+        rig.take(job.id, other.id)
+        await rig.calling(2)
+
+        async with asyncio.timeout(DEADLINE_S):
+            await rig.pipeline.drain(0.0)
+
+        assert [rig.state(job.id), rig.state(other.id)] == ["failed", "queued"]
+        (row,) = result_rows(rig.rows, job.id)
+        assert row["error"]["code"] == "unknown_outcome"
+        assert job_row(rig.rows, other.id)["unknown_calls"] == 1
 
 
 async def test_a_cancelled_job_is_not_claimed(make_rig: MakeRig) -> None:

@@ -343,7 +343,7 @@ class TestBeginCalls:
         insert(database, job)
         claimed = claim_one(database, job.id)
 
-        assert begin(database, {job.id: (claimed.fence, 3)}) == {job.id}
+        assert begin(database, {job.id: (claimed.fence, 3)}) == {job.id: False}
         change(database, job.id, lease_until=ago(1), sweep_at=ago(1))
         found = sweep(database)
 
@@ -372,11 +372,12 @@ class TestBeginCalls:
         change(database, lapsed.id, lease_until=ago(1))
         cancel(database, cancelled.id)
 
-        assert begin(database, claims) == {held.id}
-        assert job_row(database, lapsed.id)["claim_calls"] == 1
+        assert begin(database, claims) == {held.id: False, cancelled.id: True}
+        calls = [job_row(database, job.id)["claim_calls"] for job in jobs]
+        assert calls == [2, 1, 1, 1]
 
 
-def begin(database: sa.Engine, begun: dict[uuid.UUID, tuple[int, int]]) -> set[uuid.UUID]:
+def begin(database: sa.Engine, begun: dict[uuid.UUID, tuple[int, int]]) -> dict[uuid.UUID, bool]:
     with database.begin() as connection:
         return begin_calls(connection, begun)
 

@@ -8,7 +8,7 @@ import uuid
 import pytest
 
 from promptfleet_shared.fleet import Fleet, parse_fleet
-from promptfleet_shared.jobs import CacheOptions, ClaimedJob, JobKind
+from promptfleet_shared.jobs import CacheOptions, ClaimedJob, JobKind, OnUnknown
 from promptfleet_workers.providers.protocol import Answer, Call
 from promptfleet_workers.routing import Router
 
@@ -57,6 +57,7 @@ JOB = ClaimedJob(
     attempt=1,
     deferrals=0,
     calls=0,
+    on_unknown=OnUnknown.RETRY,
     queued_ms=0.0,
     remaining_s=60.0,
 )

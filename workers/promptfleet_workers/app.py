@@ -76,7 +76,9 @@ class Builder:
             cache=cache,
             claims=claims,
             endings=endings,
-            caller=Caller(fleet=fleet, claims=claims, endings=endings, calls=calls),
+            caller=Caller(
+                database=database, fleet=fleet, claims=claims, endings=endings, calls=calls
+            ),
             worker=settings.worker_name or default_worker_name(),
             lease_s=settings.lease_s,
             ring=self._ringer.ring,

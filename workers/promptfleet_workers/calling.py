@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 
 import orjson
 
-from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.errors import ProviderError, StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.fleet import BatchOptions, Fleet
-from promptfleet_shared.jobs import JobError, JobKind, JobState
+from promptfleet_shared.jobs import JobError, JobKind, JobState, OnUnknown
+from promptfleet_shared.store import claims as claims_store
+from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.alarms import Alarms, this_task
-from promptfleet_workers.claims import Claims
-from promptfleet_workers.endings import Endings
+from promptfleet_workers.claims import Abort, Claims
+from promptfleet_workers.endings import UNKNOWN_OUTCOME, Endings
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.retries import Judgement, Verdict, classify, delay_s
 from promptfleet_workers.routing import Candidate
@@ -24,7 +26,10 @@ from promptfleet_workers.work import Work
 
 log = logging.getLogger(__name__)
 
+CLEARANCE_PATIENCE_S = 30.0
+
 _TOO_LATE = JobError(code="expired", message="the deadline passed before the job succeeded")
+_TOO_MANY_CALLS = JobError(code="max_calls", message="the job has cost as many calls as it may")
 _ROOM_ENOUGH = contextlib.nullcontext()
 _LIST_FIELD = {JobKind.COMPLETION: "prompt", JobKind.EMBEDDING: "input"}
 
@@ -86,8 +91,11 @@ def _for_all(works: Sequence[Work], error: ProviderError) -> list[Answer]:
 class Caller:
     """Runs requests, each in a task of its own, so many at once."""
 
-    def __init__(self, *, fleet: Fleet, claims: Claims, endings: Endings, calls: int) -> None:
+    def __init__(
+        self, *, database: AsyncDatabase, fleet: Fleet, claims: Claims, endings: Endings, calls: int
+    ) -> None:
         """Call nothing yet; `calls` is how many requests may be in flight."""
+        self._database = database
         self._fleet = fleet
         self._claims = claims
         self._endings = endings
@@ -130,14 +138,23 @@ class Caller:
             self._endings.give_back(work, 0.0, counts=False)
         elif work.remaining_s <= 0:
             self._endings.fail(work, _TOO_LATE, state=JobState.EXPIRED)
+        elif work.job.calls and self._is_spent(work):
+            self._endings.fail(work, _TOO_MANY_CALLS)
         return not work.ended
+
+    def _is_spent(self, work: Work) -> bool:
+        return work.all_calls >= self._fleet.retry_options(work.job.tier).max_calls
 
     async def _run(self, works: list[Work]) -> None:
         try:
             await self._call(works)
         except asyncio.CancelledError:
+            pass  # given up; `_ended` sees to it
+        except (StoreRefusedError, StoreUnavailableError) as error:
+            log.warning("clearance_failed", extra={"jobs": len(works), "error": str(error)})
             for work in works:
-                work.unknown_calls += 1
+                if not self._endings.given_up(work):
+                    self._endings.give_back(work, 0.0, counts=False)
         except Exception as error:  # noqa: BLE001 - a bug must fail its jobs, not hang them
             name = type(error).__name__
             log.error("call_crashed", extra={"error": name})  # noqa: TRY400 - a traceback could show a prompt
@@ -154,14 +171,19 @@ class Caller:
 
     async def _call(self, works: list[Work]) -> None:
         """Try the candidates in order until there is nothing left to try the next one for."""
-        route = works[0].route
-        for candidate in route:
-            answers = await self._ask(candidate, works)
+        for candidate in works[0].route:
+            async with self._room_at(candidate):
+                if self._need_clearance(works):
+                    works = await self._cleared(works)
+                answers = await self._ask(candidate, works) if works else ()
             unanswered = []
             for work, answer in zip(works, answers, strict=True):
                 if isinstance(answer, Completion):
                     self._endings.succeed(work, answer, candidate)
-                elif self._may_ask_next(work, answer, candidate):
+                    continue
+                if answer.unknown_outcome:
+                    work.unknown_calls += 1
+                if self._may_ask_next(work, answer, candidate):
                     unanswered.append(work)
                 else:
                     self._judge(work, answer, candidate)
@@ -169,22 +191,46 @@ class Caller:
             if not works:
                 return
 
-    @staticmethod
-    def _may_ask_next(work: Work, error: ProviderError, candidate: Candidate) -> bool:
-        is_last = candidate is work.route[-1]
-        return not is_last and work.remaining_s > 0 and classify(error).verdict is Verdict.NEXT
+    def _may_ask_next(self, work: Work, error: ProviderError, candidate: Candidate) -> bool:
+        if candidate is work.route[-1] or classify(error).verdict is not Verdict.NEXT:
+            return False
+        return work.remaining_s > 0 and not work.must_not_repeat and not self._is_spent(work)
+
+    def _need_clearance(self, works: list[Work]) -> bool:
+        """True if the database must be asked before these jobs are called (once more)."""
+        return not self._claims.is_fresh(works[0].asked_at) or any(
+            work.calls or work.job.on_unknown is OnUnknown.FAIL for work in works
+        )
+
+    async def _cleared(self, works: list[Work]) -> list[Work]:
+        """Those that are still ours to call; what their calls may cost is written down."""
+        while not self._claims.is_fresh(works[0].asked_at):
+            await self._claims.confirmation()
+        begun = {
+            work.job.id: (work.job.fence, work.calls + 1)
+            for work in works
+            if work.calls or work.job.on_unknown is OnUnknown.FAIL
+        }
+        if begun:
+            held = await self._database.insist(
+                lambda connection: claims_store.begin_calls(connection, begun),
+                patience_s=CLEARANCE_PATIENCE_S,
+            )
+            for job_id in begun:
+                if (cancelled := held.get(job_id)) is not False:
+                    self._claims.abort(job_id, Abort.CANCELLED if cancelled else Abort.FENCED)
+        return [work for work in works if not self._endings.given_up(work)]
 
     async def _ask(self, candidate: Candidate, works: list[Work]) -> Sequence[Answer]:
-        """One request to one deployment, once there is room for it there."""
-        async with self._room_at(candidate):
-            left_s = min(work.remaining_s for work in works)
-            if left_s <= 0:
-                return _for_all(works, ProviderError("no time was left for a call", code="timeout"))
-            limit_s = min(candidate.timeouts.timeout_ms / 1000, left_s)
-            works[0].calls += 1  # a request that jobs share is counted on the first of them
-            started = time.perf_counter()
-            answers = await self._call_within(limit_s, candidate, works)
-            elapsed_ms = (time.perf_counter() - started) * 1000
+        """One request to one deployment."""
+        left_s = min(work.remaining_s for work in works)
+        if left_s <= 0:
+            return _for_all(works, ProviderError("no time was left for a call", code="timeout"))
+        limit_s = min(candidate.timeouts.timeout_ms / 1000, left_s)
+        works[0].calls += 1  # a request that jobs share is counted on the first of them
+        started = time.perf_counter()
+        answers = await self._call_within(limit_s, candidate, works)
+        elapsed_ms = (time.perf_counter() - started) * 1000
         for work in works:
             work.provider_ms = elapsed_ms
         return answers
@@ -207,6 +253,8 @@ class Caller:
             return await candidate.provider.call(call)
         except asyncio.CancelledError:
             if not self._alarms.went_off(task):
+                for work in works:
+                    work.unknown_calls += 1
                 raise
             late = ProviderError("the call took too long", code="timeout", unknown_outcome=True)
             return _for_all(works, late)
@@ -231,13 +279,13 @@ class Caller:
         verdict = judgement.otherwise  # whoever else there was has been asked
         facts = JobError(code=error.code, message=error.message, status=error.status)
         options = self._fleet.retry_options(work.job.tier)
-        if error.unknown_outcome:
-            work.unknown_calls += 1
         if verdict is Verdict.DEFER and work.calls:
             work.calls -= 1  # refused before any work was done: it costs neither money nor a try
         spent = work.job.attempt > options.retry_attempts or work.all_calls >= options.max_calls
         wait_s = delay_s(options, _tries(work, judgement), judgement.retry_after_s, random.random)
-        if verdict is Verdict.FINAL:
+        if work.must_not_repeat:
+            self._endings.fail(work, UNKNOWN_OUTCOME, candidate=candidate)
+        elif verdict is Verdict.FINAL:
             self._endings.fail(work, facts, candidate=candidate, shared=True)
         elif verdict is Verdict.RETRY and spent and work.remaining_s > 0:
             self._endings.fail(work, facts, candidate=candidate)

@@ -16,6 +16,7 @@ from promptfleet_shared.jobs import (
     JobState,
     Outcome,
     Release,
+    Usage,
 )
 from promptfleet_shared.store.claims import storable_text
 from promptfleet_shared.store.database import AsyncDatabase
@@ -30,6 +31,10 @@ from promptfleet_workers.telemetry import Emit, JobsFinished, JobsReleased
 from promptfleet_workers.work import Work
 
 FREE = Decimal(0)
+UNKNOWN_OUTCOME = JobError(
+    code="unknown_outcome",
+    message="nobody knows whether a call was answered, and the job must not be called twice",
+)
 
 
 class Endings:
@@ -104,25 +109,14 @@ class Endings:
             self._remember(work, completion, candidate)
         self._finish(
             work,
-            Outcome(
-                job_id=work.job.id,
-                fence=work.job.fence,
-                state=JobState.SUCCEEDED,
-                text=completion.text,
-                response=completion.response,
-                finish_reason=completion.finish_reason,
+            _outcome(
+                work,
+                JobState.SUCCEEDED,
+                candidate,
                 model=model,
-                provider=candidate.deployment.provider,
-                deployment=candidate.deployment.name,
+                completion=completion,
                 usage=usage,
                 cost_usd=cost,
-                cache=work.cache,
-                calls=work.calls,
-                unknown_calls=work.unknown_calls,
-                batch_id=work.batch.id,
-                batch_size=work.batch.size,
-                queued_ms=work.job.queued_ms,
-                provider_ms=work.provider_ms,
             ),
         )
         for follower in self._dismiss(work):
@@ -148,29 +142,12 @@ class Endings:
             state: FAILED, CANCELLED or EXPIRED.
             shared: True if the same request would fail for the equal jobs, too.
         """
-        deployment = candidate.deployment if candidate else None
-        self._finish(
-            work,
-            Outcome(
-                job_id=work.job.id,
-                fence=work.job.fence,
-                state=state,
-                error=error,
-                model=candidate.model_there if candidate else None,
-                provider=deployment.provider if deployment else None,
-                deployment=deployment.name if deployment else None,
-                cache=work.cache,
-                calls=work.calls,
-                unknown_calls=work.unknown_calls,
-                batch_id=work.batch.id,
-                batch_size=work.batch.size,
-                queued_ms=work.job.queued_ms,
-                provider_ms=work.provider_ms,
-            ),
-        )
+        model = candidate.model_there if candidate else None
+        self._finish(work, _outcome(work, state, candidate, model=model, error=error))
         if shared:
             for follower in self._dismiss(work):
-                self.fail(follower, error, candidate=candidate, state=state)
+                if not self.given_up(follower):
+                    self.fail(follower, error, candidate=candidate, state=state)
         else:
             self._promote_follower(work)
 
@@ -201,6 +178,8 @@ class Endings:
                 return False
             case Abort.CANCELLED:
                 self.fail(work, None, state=JobState.CANCELLED)
+            case Abort.DRAINED if work.must_not_repeat:
+                self.fail(work, UNKNOWN_OUTCOME)
             case Abort.DRAINED:
                 self.give_back(work, 0.0, counts=False)
             case Abort.FENCED:
@@ -250,8 +229,8 @@ class Endings:
             self._to_cache[work.job.id] = (work.key, encode_completion(completion), ttl_s)
 
     def _written(self, outcomes: Sequence[Outcome], written: set[uuid.UUID]) -> None:
-        items = [self._to_cache.pop(outcome.job_id, None) for outcome in outcomes]
-        known = [item for item in items if item is not None]
+        items = [(o, self._to_cache.pop(o.job_id, None)) for o in outcomes]
+        known = [item for o, item in items if item is not None and o.state is JobState.SUCCEEDED]
         if known:
             task = asyncio.create_task(self._cache.set_many(known))
             self._fills.add(task)
@@ -275,3 +254,39 @@ class Endings:
             if ticket is not None:
                 self._slots.written()
                 ticket.wait.settle()
+
+
+def _outcome(
+    work: Work,
+    state: JobState,
+    candidate: Candidate | None,
+    *,
+    model: str | None,
+    completion: Completion | None = None,
+    error: JobError | None = None,
+    usage: Usage = NO_USAGE,
+    cost_usd: Decimal | None = None,
+) -> Outcome:
+    """What is to be written about a work that has ended."""
+    deployment = candidate.deployment if candidate else None
+    return Outcome(
+        job_id=work.job.id,
+        fence=work.job.fence,
+        state=state,
+        text=completion.text if completion else None,
+        response=completion.response if completion else None,
+        finish_reason=completion.finish_reason if completion else None,
+        error=error,
+        model=model,
+        provider=deployment.provider if deployment else None,
+        deployment=deployment.name if deployment else None,
+        usage=usage,
+        cost_usd=cost_usd,
+        cache=work.cache,
+        calls=work.calls,
+        unknown_calls=work.unknown_calls,
+        batch_id=work.batch.id,
+        batch_size=work.batch.size,
+        queued_ms=work.job.queued_ms,
+        provider_ms=work.provider_ms,
+    )

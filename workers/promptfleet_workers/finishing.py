@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
-from promptfleet_shared.jobs import Doorbell, Outcome, Release
+from promptfleet_shared.jobs import Doorbell, JobError, JobState, Outcome, Release
 from promptfleet_shared.store import claims as claims_store
 from promptfleet_shared.store import finishing as finishing_store
 from promptfleet_shared.store.database import AsyncDatabase
@@ -99,6 +100,10 @@ class Finisher:
                     await self._write([outcome])
                 return
             log.error("result_refused", extra={"job": str(outcomes[0].job_id), "error": str(error)})  # noqa: TRY400 - a traceback could show outputs
+            if outcomes[0].state is JobState.SUCCEEDED:
+                # Else its lease would lapse, and the same answer be paid for again.
+                await self._write([_unstorable(outcomes[0])])
+                return
         except StoreUnavailableError:
             log.error("results_not_written", extra={"jobs": len(outcomes)})  # noqa: TRY400 - as above
         self._on_written(outcomes, written)
@@ -113,3 +118,11 @@ class Finisher:
         except (StoreRefusedError, StoreUnavailableError) as error:
             log.error("claims_not_released", extra={"jobs": len(releases), "error": str(error)})  # noqa: TRY400 - as above
         self._on_released(releases, doorbells)
+
+
+def _unstorable(outcome: Outcome) -> Outcome:
+    """What is written in place of an answer that Postgres can't hold."""
+    error = JobError(code="bad_response", message="the answer can't be stored as JSON")
+    return dataclasses.replace(
+        outcome, state=JobState.FAILED, text=None, response=None, finish_reason=None, error=error
+    )

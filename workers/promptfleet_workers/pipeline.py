@@ -97,6 +97,7 @@ class Pipeline:
 
     async def _claim(self, tier: str, tickets: list[Ticket]) -> list[Work]:
         fresh = self._without_twins(tickets)
+        asked_at = time.monotonic()
         try:
             jobs = await self._database.insist(
                 lambda connection: claims_store.claim(
@@ -116,7 +117,13 @@ class Pipeline:
             self._endings.settle(stale)
         self._emit(BatchClaimed(tier=tier, rung=len(tickets), claimed=len(jobs)))
         return [
-            Work(job=job, batch=batch, claimed_at=claimed_at, route=self._router.route(job))
+            Work(
+                job=job,
+                batch=batch,
+                asked_at=asked_at,
+                claimed_at=claimed_at,
+                route=self._router.route(job),
+            )
             for job in jobs
         ]
 

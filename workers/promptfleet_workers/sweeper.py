@@ -77,7 +77,7 @@ class Sweeper:
             self._ring(found.doorbells)
             judged = sum(found.verdicts.values())
             if judged:
-                self._emit(Swept(verdicts=found.verdicts))
+                self._emit(Swept(verdicts=found.verdicts, unknown_calls=found.unknown_calls))
 
     async def ring_silent(self) -> None:
         """Ring for due jobs of the tiers whose queue is empty: their doorbells are lost."""

@@ -55,9 +55,14 @@ class JobsReleased:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Swept:
-    """The sweeper judged jobs whose timer was due, or rang for silent ones."""
+    """The sweeper judged jobs whose timer was due, or rang for silent ones.
+
+    Attributes:
+        unknown_calls: Calls that lost claims had begun, and of which nobody knows what became.
+    """
 
     verdicts: Mapping[str, int]
+    unknown_calls: int = 0
 
 
 Event = BatchClaimed | JobsFinished | JobsReleased | Swept

@@ -6,7 +6,7 @@ import dataclasses
 import time
 import uuid
 
-from promptfleet_shared.jobs import CacheStatus, ClaimedJob
+from promptfleet_shared.jobs import CacheStatus, ClaimedJob, OnUnknown
 from promptfleet_workers.routing import Candidate
 
 
@@ -23,7 +23,8 @@ class Work:
     """A job, its route, and what was done about it so far.
 
     Attributes:
-        claimed_at: When, by `time.monotonic`.
+        asked_at: When the claim was asked for, by `time.monotonic`.
+        claimed_at: When it was there.
         key: The key of its answer in the cache; None where the cache is off.
         followers: Equal jobs that wait for this one's call.
         ended: True once its outcome or release is on its way to the database.
@@ -31,6 +32,7 @@ class Work:
 
     job: ClaimedJob
     batch: Batch
+    asked_at: float
     claimed_at: float
     route: tuple[Candidate, ...]
     key: str | None = None
@@ -45,6 +47,11 @@ class Work:
     def remaining_s(self) -> float:
         """Seconds until the job's deadline."""
         return self.job.remaining_s - (time.monotonic() - self.claimed_at)
+
+    @property
+    def must_not_repeat(self) -> bool:
+        """True if the job may have been answered already, and must not be called twice."""
+        return self.unknown_calls > 0 and self.job.on_unknown is OnUnknown.FAIL
 
     @property
     def all_calls(self) -> int:

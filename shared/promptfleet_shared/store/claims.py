@@ -74,11 +74,14 @@ WITH held AS (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[]), CAST(:calls AS int[]))
                AS h (job_id, held_fence, begun)
 ), locked AS MATERIALIZED (
-    SELECT id, begun FROM jobs JOIN held ON id = job_id
-     WHERE fence = held_fence AND state = 'running' AND NOT cancel_requested
-       AND lease_until > clock_timestamp() ORDER BY id FOR UPDATE OF jobs)
-UPDATE jobs SET claim_calls = greatest(claim_calls, begun) FROM locked WHERE jobs.id = locked.id
-RETURNING jobs.id
+    SELECT id, begun, cancel_requested FROM jobs JOIN held ON id = job_id
+     WHERE fence = held_fence AND state = 'running' AND lease_until > clock_timestamp()
+     ORDER BY id FOR UPDATE OF jobs
+), noted AS (
+    UPDATE jobs SET claim_calls = greatest(claim_calls, begun)
+      FROM locked WHERE jobs.id = locked.id AND NOT locked.cancel_requested
+)
+SELECT id, cancel_requested FROM locked
 """)
 
 _RELEASE = sa.text("""
@@ -176,7 +179,7 @@ def heartbeat(
 
 def begin_calls(
     connection: sa.Connection, begun: Mapping[uuid.UUID, tuple[int, int]]
-) -> set[uuid.UUID]:
+) -> dict[uuid.UUID, bool]:
     """Write down, before a call is made, how many calls a claim will have begun with it.
 
     What a claim has begun is charged to its job should its worker be lost. The first call is
@@ -187,14 +190,15 @@ def begin_calls(
         begun: For each job the fence of its claim and the number of calls, this one included.
 
     Returns:
-        The jobs that may be called: still held, and nobody asked for their cancellation.
+        For each job that is still held, whether its cancellation was asked for: then nothing was
+        written down, and it must not be called. A job that is missing is lost: abort it.
     """
     parameters = {
         "ids": list(begun),
         "fences": [fence for fence, _ in begun.values()],
         "calls": [calls for _, calls in begun.values()],
     }
-    return set(connection.execute(_BEGIN_CALLS, parameters).scalars().all())
+    return {row[0]: row[1] for row in connection.execute(_BEGIN_CALLS, parameters)}
 
 
 def release(connection: sa.Connection, releases: Iterable[Release]) -> list[Doorbell]:
