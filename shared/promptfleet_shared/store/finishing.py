@@ -56,7 +56,7 @@ WITH input AS (
     SELECT id, tenant, callback_url, 'prompt.' || state
       FROM done JOIN input ON id = job_id AND fence = held_fence WHERE callback_url IS NOT NULL
 )
-SELECT id FROM done
+SELECT job_id FROM input EXCEPT SELECT id FROM done
 """)
 
 
@@ -67,7 +67,8 @@ def finish(connection: sa.Connection, outcomes: Sequence[Outcome]) -> set[uuid.U
         The jobs that were written. Where the fence had moved on, nothing was touched.
     """
     records = orjson.dumps([_record(outcome) for outcome in outcomes])
-    return set(connection.execute(_FINISH, {"records": records.decode()}).scalars().all())
+    refused = connection.execute(_FINISH, {"records": records.decode()}).scalars().all()
+    return {outcome.job_id for outcome in outcomes}.difference(refused)
 
 
 def _record(outcome: Outcome) -> dict[str, Any]:
