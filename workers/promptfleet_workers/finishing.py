@@ -18,6 +18,7 @@ from promptfleet_shared.store.database import AsyncDatabase
 log = logging.getLogger(__name__)
 
 FLUSH_AFTER_S = 0.02
+"""Seconds between two flushes, at least, unless `FLUSH_AT` ends wait."""
 FLUSH_AT = 200
 BUSY_AT = 50
 """Ends in one flush after which the next one waits `BUSY_FLUSH_AFTER_S` for more: a transaction and
@@ -56,6 +57,7 @@ class Finisher:
         self._releases: list[Release] = []
         self._timer: asyncio.TimerHandle | None = None
         self._after_s = FLUSH_AFTER_S
+        self._flushed_at = float("-inf")
         self._writes: set[asyncio.Task[None]] = set()
 
     def add(self, end: Outcome | Release) -> None:
@@ -67,7 +69,10 @@ class Finisher:
         if len(self._outcomes) + len(self._releases) >= FLUSH_AT:
             self._flush()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._after_s, self._flush)
+            # The first end after a quiet time is written at once; those that follow it, together.
+            loop = asyncio.get_running_loop()
+            wait_s = max(0.0, self._flushed_at + self._after_s - loop.time())
+            self._timer = loop.call_later(wait_s, self._flush)
 
     async def drain(self) -> None:
         """Write all that is left and wait for it."""
@@ -82,6 +87,7 @@ class Finisher:
         outcomes, self._outcomes = self._outcomes, []
         releases, self._releases = self._releases, []
         self._after_s = BUSY_FLUSH_AFTER_S if len(outcomes) >= BUSY_AT else FLUSH_AFTER_S
+        self._flushed_at = asyncio.get_running_loop().time()
         if outcomes:
             self._spawn(self._write(outcomes))
         if releases:
