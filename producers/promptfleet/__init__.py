@@ -1,6 +1,7 @@
 """Enqueue prompts and read their results."""
 
 from promptfleet.async_client import AsyncClient
+from promptfleet.callbacks import CallbackEvent, verify_callback
 from promptfleet.client import Client
 from promptfleet.default_client import (
     cancel,
@@ -13,10 +14,12 @@ from promptfleet.handles import AsyncPromptJob, PromptJob
 from promptfleet.options import PromptOptions
 from promptfleet.requests import Message, Prompt
 from promptfleet_shared.errors import (
+    BlockedAddressError,
     BrokerUnavailableError,
     ConfigurationError,
     IdempotencyConflictError,
     InvalidRequestError,
+    InvalidSignatureError,
     JobCancelledError,
     JobExpiredError,
     JobFailedError,
@@ -33,6 +36,7 @@ from promptfleet_shared.jobs import (
     JobError,
     JobKind,
     JobState,
+    OnUnknown,
     Result,
     Usage,
 )
@@ -40,14 +44,17 @@ from promptfleet_shared.jobs import (
 __all__ = [
     "AsyncClient",
     "AsyncPromptJob",
+    "BlockedAddressError",
     "BrokerUnavailableError",
     "CacheMode",
     "CacheOptions",
     "CacheStatus",
+    "CallbackEvent",
     "Client",
     "ConfigurationError",
     "IdempotencyConflictError",
     "InvalidRequestError",
+    "InvalidSignatureError",
     "JobCancelledError",
     "JobError",
     "JobExpiredError",
@@ -56,6 +63,7 @@ __all__ = [
     "JobNotFoundError",
     "JobState",
     "Message",
+    "OnUnknown",
     "Prompt",
     "PromptFleetError",
     "PromptJob",
@@ -69,5 +77,6 @@ __all__ = [
     "enqueue_prompt",
     "enqueue_prompts",
     "get_result",
+    "verify_callback",
     "wait_for_result",
 ]

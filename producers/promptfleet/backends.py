@@ -45,7 +45,7 @@ class Backend(Protocol):
 
         Raises:
             IdempotencyConflictError: A key was used with another request.
-            StoreUnavailableError: Nothing was accepted.
+            StoreUnavailableError: Nothing was accepted, unless `unknown_outcome`.
         """
         ...
 

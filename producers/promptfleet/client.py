@@ -90,7 +90,8 @@ class Client:
         Raises:
             InvalidRequestError: `field` names what is wrong.
             IdempotencyConflictError: The key was used with another request.
-            StoreUnavailableError: The database can't be reached: nothing was accepted.
+            StoreUnavailableError: The database can't be reached. Nothing was accepted, unless
+                `unknown_outcome` says that nobody knows: then the same key makes a repeat safe.
         """
         backend = self._backend()
         spec = make_spec(prompt, options, backend.defaults)
@@ -118,7 +119,8 @@ class Client:
         Raises:
             InvalidRequestError: `field` names the prompt and what is wrong with it.
             IdempotencyConflictError: A key was used with another request.
-            StoreUnavailableError: The database can't be reached: nothing was accepted.
+            StoreUnavailableError: The database can't be reached. Nothing was accepted, unless
+                `unknown_outcome` says that nobody knows: then the same key makes a repeat safe.
         """
         backend = self._backend()
         specs = make_specs(prompts, options, backend.defaults)

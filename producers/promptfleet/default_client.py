@@ -62,7 +62,8 @@ def enqueue_prompt(
     Raises:
         InvalidRequestError: `field` names what is wrong.
         IdempotencyConflictError: The key was used with another request.
-        StoreUnavailableError: The database can't be reached: nothing was accepted.
+        StoreUnavailableError: The database can't be reached. Nothing was accepted, unless
+            `unknown_outcome` says that nobody knows: then the same key makes a repeat safe.
 
     Example:
         >>> from promptfleet.testing import fake_fleet

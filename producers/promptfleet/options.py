@@ -5,27 +5,24 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypedDict, TypeGuard
-from urllib.parse import urlsplit
 
 import orjson
 
+from promptfleet_shared.egress import check_url
 from promptfleet_shared.errors import InvalidRequestError
-from promptfleet_shared.jobs import MAX_PRIORITY, CacheMode, CacheOptions, JobKind
+from promptfleet_shared.jobs import MAX_PRIORITY, CacheMode, CacheOptions, JobKind, OnUnknown
 from promptfleet_shared.tiers import TIER_NAME
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_KEY_CHARS = 255
 MAX_NAME_CHARS = 255
-MAX_URL_CHARS = 2048
 MAX_STOP = 4
 MAX_TOOLS = 128
 MAX_TTL_S = 365 * 86_400
 MAX_DEADLINE_S = 365 * 86_400.0
 _INT64 = 2**63
-_URL_CHARS = re.compile(r"[\x21-\x7e]+")
 
 
 class PromptOptions(TypedDict, total=False):
@@ -50,6 +47,8 @@ class PromptOptions(TypedDict, total=False):
         callback_url: Where the result is posted, signed.
         cache: True or "use", False or "off", "refresh", or `CacheOptions`.
         kind: "chat", "completion" or "embedding".
+        on_unknown: What becomes of a job when nobody knows whether its call was answered, and
+            billed: "retry", or "fail" where nothing may be done twice. "retry" without it.
     """
 
     tier: str | None
@@ -70,6 +69,7 @@ class PromptOptions(TypedDict, total=False):
     callback_url: str | None
     cache: bool | Literal["use", "refresh", "off"] | CacheOptions | None
     kind: Literal["chat", "completion", "embedding"] | JobKind | None
+    on_unknown: Literal["retry", "fail"] | OnUnknown | None
 
 
 def refuse(field: str, accepted: str, value: object) -> NoReturn:
@@ -112,6 +112,18 @@ def deadline_seconds(value: object, now: Callable[[], dt.datetime]) -> float:
     if not _is_number(seconds) or not 0 < seconds <= MAX_DEADLINE_S:
         refuse("deadline", accepted, value)
     return float(seconds)
+
+
+def callback_url(value: object, *, allow_loopback: bool) -> str:
+    """Where a callback may be posted; the URL in its one normal form.
+
+    Raises:
+        InvalidRequestError: It is no URL that strangers may have requests sent to.
+        BlockedAddressError: Its host is an address that is not public.
+    """
+    if not isinstance(value, str):
+        refuse("callback_url", "an https:// URL", value)
+    return check_url(value, field="callback_url", allow_loopback=allow_loopback).url
 
 
 def to_json(value: object, field: str) -> bytes:
@@ -266,27 +278,12 @@ def _priority(value: object, field: str) -> int:
     return value
 
 
-def _as_given(value: object, field: str) -> object:  # noqa: ARG001  # needs the clock: see above
+def _as_given(value: object, field: str) -> object:  # noqa: ARG001  # needs more than itself: see above
     return value
 
 
 def _idempotency_key(value: object, field: str) -> str:
     return _name(value, field, MAX_KEY_CHARS)
-
-
-def _callback_url(value: object, field: str) -> str:
-    accepted = f"an http:// or https:// URL of at most {MAX_URL_CHARS} ASCII characters"
-    if not isinstance(value, str) or len(value) > MAX_URL_CHARS or not _URL_CHARS.fullmatch(value):
-        refuse(field, accepted, value)
-    try:
-        parts = urlsplit(value)
-        known = parts.scheme in {"http", "https"} and bool(parts.hostname)
-        known = known and (parts.port is None or parts.port > 0)
-    except ValueError:
-        known = False
-    if not known:
-        refuse(field, accepted, value)
-    return value
 
 
 def _cache(value: object, field: str) -> CacheOptions:
@@ -326,6 +323,14 @@ def _kind(value: object, field: str) -> JobKind:
     refuse(field, "one of " + ", ".join(JobKind), value)
 
 
+def _on_unknown(value: object, field: str) -> OnUnknown:
+    if isinstance(value, str):
+        for policy in OnUnknown:
+            if policy == value:
+                return policy
+    refuse(field, "one of " + ", ".join(OnUnknown), value)
+
+
 _CHECKS: dict[str, Callable[[object, str], object]] = {
     "tier": _tier,
     "model": _name,
@@ -342,7 +347,8 @@ _CHECKS: dict[str, Callable[[object, str], object]] = {
     "priority": _priority,
     "deadline": _as_given,
     "idempotency_key": _idempotency_key,
-    "callback_url": _callback_url,
+    "callback_url": _as_given,
     "cache": _cache,
     "kind": _kind,
+    "on_unknown": _on_unknown,
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -16,17 +17,24 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from promptfleet.backends import Bell, Lookup, doorbells
 from promptfleet.requests import Defaults
+from promptfleet.resubmission import Resubmission
 from promptfleet.transactions import CommitBells, async_connection, sync_connection
-from promptfleet_shared.errors import ConfigurationError, StoreRefusedError
+from promptfleet_shared.errors import (
+    ConfigurationError,
+    StoreRefusedError,
+    StoreUnavailableError,
+)
 from promptfleet_shared.fleet import Fleet, load_fleet
 from promptfleet_shared.jobs import Doorbell, JobSpec
 from promptfleet_shared.queueing import Ringer, make_celery
 from promptfleet_shared.settings import Settings
 from promptfleet_shared.store.engines import make_async_engine, make_engine, store_errors
+from promptfleet_shared.store.failures import sqlstate_of
 from promptfleet_shared.store.results import read_results, request_cancel, states
-from promptfleet_shared.store.submissions import insert_jobs
+from promptfleet_shared.store.submissions import give_up_soon, insert_jobs
 
 T = TypeVar("T")
+E = TypeVar("E", sa.Engine, AsyncEngine)
 
 APPLICATION_NAME = "promptfleet"
 ROWS_A_STATEMENT = 1_000
@@ -34,11 +42,47 @@ IDS_A_STATEMENT = 1_000
 _UNDEFINED_TABLE = "42P01"
 
 
-class PostgresBackend:
+class _Servers(Generic[E]):
+    """What both backends stand on: an engine, a bell, and what fleet.toml tells.
+
+    Attributes:
+        defaults: What holds for a job that says nothing.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: E | None, bell: Bell | None, make: Callable[..., E]
+    ) -> None:
+        fleet = load_fleet(settings.config_path)
+        self.defaults = _defaults(settings, fleet)
+        self._bell = bell or _make_ringer(settings, fleet)
+        self._own_engine = engine is None
+        self._engine: E = engine or make(
+            settings.database_url.get_secret_value(),
+            application_name=APPLICATION_NAME,
+            pool_size=settings.database_pool_size,
+            connect_timeout_s=settings.database_connect_timeout_s,
+            patience_s=settings.database_patience_s,
+        )
+        # One statement needs no BEGIN and COMMIT: one round trip instead of three.
+        self._single: E = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._commit_bells = _commit_bells(self._bell, settings.tenant)
+        if self._own_engine:
+            made = self._engine
+            _forget_connections_after_fork(
+                made if isinstance(made, sa.Engine) else made.sync_engine
+            )
+
+
+class PostgresBackend(_Servers[sa.Engine]):
     """Jobs in Postgres for synchronous callers."""
 
     def __init__(
-        self, settings: Settings, *, engine: sa.Engine | None = None, bell: Bell | None = None
+        self,
+        settings: Settings,
+        *,
+        engine: sa.Engine | None = None,
+        bell: Bell | None = None,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         """Connect to nothing yet.
 
@@ -46,24 +90,13 @@ class PostgresBackend:
             settings: Of the process.
             engine: The caller's own; by default one is made, and closed by `close`.
             bell: By default a `Ringer` on the broker.
+            sleep: Waits so many seconds before a repeat.
 
         Raises:
             ConfigurationError: A URL or fleet.toml is wrong.
         """
-        fleet = load_fleet(settings.config_path)
-        self.defaults = _defaults(settings, fleet)
-        self._bell = bell or _make_ringer(settings, fleet)
-        self._own_engine = engine is None
-        self._engine = engine or make_engine(
-            settings.database_url.get_secret_value(),
-            application_name=APPLICATION_NAME,
-            pool_size=settings.database_pool_size,
-        )
-        # One statement needs no BEGIN and COMMIT: one round trip instead of three.
-        self._single = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._commit_bells = _commit_bells(self._bell, settings.tenant)
-        if self._own_engine:
-            _forget_connections_after_fork(self._engine)
+        super().__init__(settings, engine, bell, make_engine)
+        self._sleep = sleep
 
     def submit(self, specs: Sequence[JobSpec], session: object | None = None) -> list[uuid.UUID]:
         """See `Backend`."""
@@ -73,14 +106,9 @@ class PostgresBackend:
                 ids = _insert_within(connection, specs)
             self._commit_bells.add(connection, doorbells(specs, ids))
             return ids
-        engine = self._single if _is_single_statement(specs) else self._engine
-        with _errors():
-            try:
-                ids = _in_transaction(engine, lambda connection: _insert(connection, specs))
-            except exc.DBAPIError as error:
-                if not error.connection_invalidated:
-                    raise
-                ids = _in_transaction(self._engine, lambda c: _insert_missing(c, specs))
+        tries = Resubmission()
+        with _errors(tries):
+            ids = self._insert(specs, tries)
         self._bell.ring(doorbells(specs, ids))
         return ids
 
@@ -98,6 +126,18 @@ class PostgresBackend:
         if self._own_engine:
             self._engine.dispose()
 
+    def _insert(self, specs: Sequence[JobSpec], tries: Resubmission) -> list[uuid.UUID]:
+        single = _is_single_statement(specs)
+        engine, insert = (self._single, _insert) if single else (self._engine, _insert_whole)
+        while True:
+            try:
+                return _in_transaction(engine, lambda connection: insert(connection, specs))
+            except exc.SQLAlchemyError as error:
+                pause_s = tries.pause_s(error)
+                if pause_s is None:
+                    raise
+            self._sleep(pause_s)
+
     def _run(self, work: Callable[[sa.Connection], T]) -> T:
         """Run what may be repeated; once more where a pooled connection had gone stale."""
         with _errors():
@@ -109,27 +149,21 @@ class PostgresBackend:
             return _in_transaction(self._single, work)
 
 
-class AsyncPostgresBackend:
+class AsyncPostgresBackend(_Servers[AsyncEngine]):
     """Jobs in Postgres for asynchronous callers, of one event loop after the other."""
 
     def __init__(
-        self, settings: Settings, *, engine: AsyncEngine | None = None, bell: Bell | None = None
+        self,
+        settings: Settings,
+        *,
+        engine: AsyncEngine | None = None,
+        bell: Bell | None = None,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
         """Connect to nothing yet; the parameters are those of `PostgresBackend`."""
-        fleet = load_fleet(settings.config_path)
-        self.defaults = _defaults(settings, fleet)
-        self._bell = bell or _make_ringer(settings, fleet)
-        self._own_engine = engine is None
-        self._engine = engine or make_async_engine(
-            settings.database_url.get_secret_value(),
-            application_name=APPLICATION_NAME,
-            pool_size=settings.database_pool_size,
-        )
-        self._single = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        super().__init__(settings, engine, bell, make_async_engine)
+        self._sleep = sleep
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
-        self._commit_bells = _commit_bells(self._bell, settings.tenant)
-        if self._own_engine:
-            _forget_connections_after_fork(self._engine.sync_engine)
 
     async def submit(
         self, specs: Sequence[JobSpec], session: object | None = None
@@ -137,14 +171,9 @@ class AsyncPostgresBackend:
         """See `Backend`."""
         if session is not None:
             return await self._submit_within(specs, session)
-        engine = self._single if _is_single_statement(specs) else self._engine
-        with _errors():
-            try:
-                ids = await self._in_transaction(engine, lambda c: _insert(c, specs))
-            except exc.DBAPIError as error:
-                if not error.connection_invalidated:
-                    raise
-                ids = await self._in_transaction(self._engine, lambda c: _insert_missing(c, specs))
+        tries = Resubmission()
+        with _errors(tries):
+            ids = await self._insert(specs, tries)
         self._bell.ring(doorbells(specs, ids))
         return ids
 
@@ -169,6 +198,18 @@ class AsyncPostgresBackend:
             ids = await connection.run_sync(_insert_within, specs)
         await connection.run_sync(self._commit_bells.add, doorbells(specs, ids))
         return ids
+
+    async def _insert(self, specs: Sequence[JobSpec], tries: Resubmission) -> list[uuid.UUID]:
+        single = _is_single_statement(specs)
+        engine, insert = (self._single, _insert) if single else (self._engine, _insert_whole)
+        while True:
+            try:
+                return await self._in_transaction(engine, lambda c: insert(c, specs))
+            except exc.SQLAlchemyError as error:
+                pause_s = tries.pause_s(error)
+                if pause_s is None:
+                    raise
+            await self._sleep(pause_s)
 
     async def _run(self, work: Callable[[sa.Connection], T]) -> T:
         with _errors():
@@ -199,6 +240,8 @@ def _defaults(settings: Settings, fleet: Fleet) -> Defaults:
         deadline_s=settings.deadline_s,
         tier=fleet.default_tier,
         tiers=fleet.tier_names if settings.config_path is not None else None,
+        models=tuple(fleet.models) or None,
+        callback_allow_loopback=settings.callback_allow_loopback,
     )
 
 
@@ -208,12 +251,16 @@ def _make_ringer(settings: Settings, fleet: Fleet) -> Ringer:
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
+def _errors(tries: Resubmission | None = None) -> Iterator[None]:
     try:
         with store_errors():
             yield
+    except StoreUnavailableError as error:
+        if tries is None:
+            raise
+        raise tries.told(error) from error.__cause__
     except exc.DBAPIError as error:
-        sqlstate = getattr(error.orig, "sqlstate", None)
+        sqlstate = sqlstate_of(error)
         if sqlstate == _UNDEFINED_TABLE:
             msg = "the database has none of promptfleet's tables; run `promptfleet migrate`"
             raise ConfigurationError(msg) from None
@@ -249,17 +296,10 @@ def _insert_within(connection: sa.Connection, specs: Sequence[JobSpec]) -> list[
         return _insert(connection, specs)
 
 
-def _insert_missing(connection: sa.Connection, specs: Sequence[JobSpec]) -> list[uuid.UUID]:
-    """Insert again after a connection was lost: the first try may have been committed.
-
-    The ids are ours, so they tell.
-    """
-    there: set[uuid.UUID] = set()
-    for tenant in {spec.tenant for spec in specs}:
-        there |= states(connection, [spec.id for spec in specs], tenant=tenant).keys()
-    missing = [spec for spec in specs if spec.id not in there]
-    inserted = dict(zip((s.id for s in missing), _insert(connection, missing), strict=True))
-    return [inserted.get(spec.id, spec.id) for spec in specs]
+def _insert_whole(connection: sa.Connection, specs: Sequence[JobSpec]) -> list[uuid.UUID]:
+    """Insert in several statements of one transaction of our own."""
+    give_up_soon(connection)
+    return _insert(connection, specs)
 
 
 def _look_up(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import difflib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import orjson
 from uuid_utils.compat import uuid7
 
 from promptfleet.options import (
     PromptOptions,
+    callback_url,
     check_option,
     deadline_seconds,
     plain,
@@ -26,10 +28,13 @@ from promptfleet_shared.jobs import (
     CacheOptions,
     JobKind,
     JobSpec,
+    OnUnknown,
 )
 
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 BYTES_A_TOKEN = 4
+MAX_LISTED = 10
+"""Names that an error shows."""
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 _SYSTEM_ROLES = frozenset({"system", "developer"})
 
@@ -76,14 +81,18 @@ class Defaults:
 
     Attributes:
         tiers: The tiers that jobs may name; None where no fleet.toml tells.
+        models: The models that jobs may name; None where no fleet.toml has any.
         now: The caller's clock, for deadlines that are instants.
+        callback_allow_loopback: Whether callbacks may go to this very machine.
     """
 
     tenant: str = DEFAULT_TENANT
     deadline_s: float = 86_400.0
     tier: str = "standard"
     tiers: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
     now: Callable[[], dt.datetime] = utc_now
+    callback_allow_loopback: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +115,7 @@ class Template:
     idempotency_key: str | None = None
     callback_url: str | None = None
     cache: CacheOptions | None = None
+    on_unknown: OnUnknown = OnUnknown.RETRY
 
     def spec(self, prompt: object, field: str = "prompt") -> JobSpec:
         """The job that asks this prompt.
@@ -131,6 +141,7 @@ class Template:
             metadata=self.metadata,
             idempotency_key=self.idempotency_key,
             callback_url=self.callback_url,
+            on_unknown=self.on_unknown,
         )
 
     def _request(self, prompt: object, field: str) -> bytes:
@@ -201,7 +212,7 @@ def _one_of_many(
         template = make_template({**options, **own}, defaults) if own else shared
     except InvalidRequestError as error:
         field = f"{place}.{error.field}"
-        raise InvalidRequestError(f"{place}.{error.message}", field=field) from None
+        raise type(error)(f"{place}.{error.message}", field=field) from None
     return template.spec(item[given[0]], f"{place}.{given[0]}")
 
 
@@ -221,6 +232,11 @@ def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
         accepted = ", ".join(defaults.tiers)
         msg = f"tier: the fleet has no tier {tier!r}; its tiers are {accepted}"
         raise InvalidRequestError(msg, field="tier")
+    model = checked.get("model")
+    if model is not None and defaults.models is not None and model not in defaults.models:
+        _refuse_model(model, defaults.models)
+    if (url := checked.get("callback_url")) is not None:
+        checked["callback_url"] = callback_url(url, allow_loopback=defaults.callback_allow_loopback)
     allowed = _PARAMETERS[kind]
     parameters = {name: checked.pop(name) for name in tuple(checked) if name in allowed}
     _refuse_foreign(checked, kind)
@@ -234,6 +250,18 @@ def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
         parameters=parameters,
         **checked,
     )
+
+
+def _refuse_model(given: str, models: Sequence[str]) -> NoReturn:
+    """Refuse a model that fleet.toml does not have; the text itself could be a prompt."""
+    near = difflib.get_close_matches(given, models, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"its models are {_listed(models)}"
+    raise InvalidRequestError(f"model: the fleet has no such model; {hint}", field="model")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _refuse_foreign(checked: Mapping[str, Any], kind: JobKind) -> None:

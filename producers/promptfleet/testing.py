@@ -34,6 +34,7 @@ from promptfleet_shared.jobs import (
     JobKind,
     JobSpec,
     JobState,
+    OnUnknown,
     Outcome,
     Usage,
 )
@@ -65,6 +66,7 @@ class EnqueuedPrompt:
     idempotency_key: str | None
     callback_url: str | None
     cache: CacheOptions | None
+    on_unknown: OnUnknown
     tenant: str
 
 
@@ -240,6 +242,7 @@ def fake_fleet(
     answers: Answers = CANNED,
     *,
     tiers: Sequence[str] | None = None,
+    models: Sequence[str] | None = None,
     default_tier: str = "standard",
     now: Callable[[], dt.datetime] = utc_now,
 ) -> Iterator[FakeFleet]:
@@ -250,6 +253,7 @@ def fake_fleet(
     Args:
         answers: What answers each prompt; see `FakeFleet`.
         tiers: The tiers that exist; by default any.
+        models: The models that exist; by default any.
         default_tier: The tier of prompts that name none.
         now: The time, for deadlines and timestamps.
 
@@ -260,8 +264,13 @@ def fake_fleet(
         ...     prompt = fleet.assert_enqueued("hello", tier="basic", times=1)
         HELLO
     """
-    known = None if tiers is None else tuple(tiers)
-    fleet = FakeFleet(answers, defaults=Defaults(tier=default_tier, tiers=known, now=now))
+    defaults = Defaults(
+        tier=default_tier,
+        tiers=None if tiers is None else tuple(tiers),
+        models=None if models is None else tuple(models),
+        now=now,
+    )
+    fleet = FakeFleet(answers, defaults=defaults)
     install(fleet)
     try:
         yield fleet
@@ -311,6 +320,7 @@ def _enqueued(spec: JobSpec) -> EnqueuedPrompt:
         idempotency_key=spec.idempotency_key,
         callback_url=spec.callback_url,
         cache=spec.cache,
+        on_unknown=spec.on_unknown,
         tenant=spec.tenant,
     )
 

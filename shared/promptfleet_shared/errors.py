@@ -3,13 +3,15 @@
     PromptFleetError
     ├── ConfigurationError          a setting or fleet.toml is wrong
     ├── InvalidRequestError         the caller's input is wrong; names the field   (a ValueError)
-    │   └── IdempotencyConflictError   the key was used with another request
+    │   ├── IdempotencyConflictError   the key was used with another request
+    │   └── BlockedAddressError     a URL's host is at an address that is not public
+    ├── InvalidSignatureError       a callback does not come from who it should
     ├── JobNotFoundError            no such job for this tenant                     (a LookupError)
     ├── JobFailedError              the job ended without a success; carries the outcome's facts
     │   ├── JobCancelledError
     │   └── JobExpiredError
     ├── WaitTimeoutError            the job is not final yet; it goes on            (a TimeoutError)
-    ├── StoreUnavailableError       Postgres can't be reached: nothing was accepted
+    ├── StoreUnavailableError       Postgres is away: nothing was accepted, or nobody knows
     ├── BrokerUnavailableError      Redis can't be reached: jobs wait, none is lost
     ├── StoreRefusedError           Postgres did not take a statement
     └── ProviderError               a provider's call failed; see `retries.classify`
@@ -56,6 +58,18 @@ class IdempotencyConflictError(InvalidRequestError):
     code = "idempotency_conflict"
 
 
+class BlockedAddressError(InvalidRequestError):
+    """The URL's host has an address that is not public."""
+
+    code = "blocked_address"
+
+
+class InvalidSignatureError(PromptFleetError):
+    """The callback is not signed with a known secret, or not signed just now."""
+
+    code = "invalid_signature"
+
+
 class JobNotFoundError(PromptFleetError, LookupError):
     """There is no such job."""
 
@@ -90,6 +104,8 @@ class StoreUnavailableError(PromptFleetError):
     """The database can't be reached, so nothing was accepted."""
 
     code = "store_unavailable"
+    unknown_outcome: bool = False
+    """True where it was lost with a submission under way, which it may have committed."""
 
 
 class BrokerUnavailableError(PromptFleetError):

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.jobs import DEFAULT_TENANT
 
 Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+
+
+def _none_if_empty(value: object) -> object:
+    return None if value == "" else value
+
+
+def _delays(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _schedule(text: str) -> str:
+    message = "expected seconds with commas between them, the first of them 0"
+    try:
+        first, *others = _delays(text)
+    except ValueError:
+        raise ValueError(message) from None
+    if first != 0 or not all(0 <= other < math.inf for other in others):
+        raise ValueError(message)
+    return text
+
+
+def _public_url(text: str) -> str:
+    if text and not text.startswith(("https://", "http://")):
+        message = "expected a URL that begins with https:// or http://"
+        raise ValueError(message)
+    return text.rstrip("/")
 
 
 class Settings(BaseSettings):
@@ -31,7 +59,25 @@ class Settings(BaseSettings):
         sweep_interval_s: Seconds between a worker's looks for lost and overdue jobs.
         drain_s: Seconds that a worker's running jobs have to end after SIGTERM.
         log_format: Of a worker's log lines; "auto" is "console" on a terminal, else "json".
+        watchdog_s: Seconds without a claim, while work waits and slots are free, after which a
+            worker exits to be restarted; 0 never does.
+        health_host: The address that a worker's health and metrics are served on.
+        health_port: Their port; 0 takes any free one, and None (an empty variable) serves nothing.
+        health_stale_s: Seconds since its last commit after which a worker is not healthy.
+        database_connect_timeout_s: Seconds that a producer may take to connect to Postgres, for
+            each of its addresses.
+        database_patience_s: Seconds that a producer waits for Postgres' answer to one statement.
         retention_days: Days that ended jobs and their results are kept; 0 keeps them for ever.
+        callback_secrets: What callbacks are signed with, `whsec_…`; two while rotating, with a
+            comma between them.
+        callback_allow_loopback: Lets callbacks go to this very machine; for development.
+        callback_schedule_s: Seconds before each attempt to deliver a callback, with commas between
+            them, each counted from the attempt before; the first of them is 0.
+        callback_timeout_s: Seconds that one attempt may take.
+        callback_concurrency: Callbacks that a worker posts at once.
+        callback_endpoint_concurrency: Callbacks that the whole fleet posts to one endpoint at once.
+        callback_poll_s: Seconds between a worker's looks for callbacks that are due.
+        public_url: Where clients reach the fleet's API; callbacks link to results there.
     """
 
     model_config = SettingsConfigDict(env_prefix="PROMPTFLEET_", extra="ignore", frozen=True)
@@ -46,15 +92,36 @@ class Settings(BaseSettings):
     lease_s: Annotated[float, Field(ge=1)] = 45.0
     sweep_interval_s: Seconds = 1.0
     drain_s: Seconds = 25.0
+    watchdog_s: Annotated[float, Field(ge=0)] = 60.0
+    health_host: str = "127.0.0.1"
+    health_port: Annotated[Port | None, BeforeValidator(_none_if_empty)] = 0
+    health_stale_s: Seconds = 60.0
     retention_days: Annotated[float, Field(ge=0)] = 30.0
     database_pool_size: Annotated[int, Field(ge=1)] = 5
+    database_connect_timeout_s: Annotated[int, Field(ge=2)] = 5  # 2 is libpq's own least
+    database_patience_s: Seconds = 10.0
     log_format: Literal["auto", "console", "json"] = "auto"
     worker_name: str = ""
+    callback_secrets: SecretStr = SecretStr("")
+    callback_allow_loopback: bool = False
+    callback_schedule_s: Annotated[str, AfterValidator(_schedule)] = (
+        "0,5,300,1800,7200,18000,36000,36000"
+    )
+    callback_timeout_s: Annotated[float, Field(gt=0, le=300)] = 15.0
+    callback_concurrency: Annotated[int, Field(ge=1)] = 64
+    callback_endpoint_concurrency: Annotated[int, Field(ge=1)] = 10
+    callback_poll_s: Seconds = 1.0
+    public_url: Annotated[str, AfterValidator(_public_url)] = ""
 
     @property
     def cache_server_url(self) -> str:
         """The URL of the server that holds the response cache."""
         return self.cache_url.get_secret_value() or self.broker_url.get_secret_value()
+
+    @property
+    def callback_delays_s(self) -> tuple[float, ...]:
+        """The schedule of callbacks: seconds before each attempt, counted from the one before."""
+        return _delays(self.callback_schedule_s)
 
     @property
     def config_path(self) -> Path | None:

@@ -214,7 +214,8 @@ def test_a_failure_carries_its_error(subject: Subject) -> None:
 
 
 def test_the_same_key_and_request_are_one_job(subject: Subject) -> None:
-    first, second = (subject.spec(idempotency_key="k", priority=p) for p in (1, 2))
+    options: dict[str, Any] = {"idempotency_key": "k", "on_unknown": "fail"}
+    first, second = (subject.spec(priority=p, **options) for p in (1, 2))
     assert subject.backend.submit([first]) == [first.id]
     assert subject.backend.submit([second]) == [first.id]
     assert subject.rung() == [first.id]
@@ -236,6 +237,7 @@ def test_the_same_key_twice_in_one_call(subject: Subject) -> None:
         {"metadata": {"a": 1}},
         {"callback_url": "https://example.com/"},
         {"kind": "completion"},
+        {"on_unknown": "fail"},
     ],
 )
 def test_the_same_key_with_another_request_is_a_conflict(

@@ -288,6 +288,9 @@ def test_tiers_are_those_of_the_configuration(settings: Settings, tmp_path: Path
         assert client.enqueue_prompt("hello").tier == "tiny"
         with pytest.raises(InvalidRequestError, match="its tiers are tiny"):
             client.enqueue_prompt("hello", tier="basic")
+        with pytest.raises(InvalidRequestError, match="its models are m"):
+            client.enqueue_prompt("hello", model="gpt")
+        assert client.enqueue_prompt("hello", model="m").tier == "tiny"
 
 
 # -- idempotency --------------------------------------------------------------------------------

@@ -72,9 +72,16 @@ def test_the_cache_is_switched_off(fleet: FakeFleet) -> None:
     assert cache.mode == "off"
 
 
+def test_a_prompt_that_must_not_be_asked_twice(fleet: FakeFleet) -> None:
+    run("enqueue", "x", "--on-unknown", "fail")
+    run("enqueue", "y")
+    assert [prompt.on_unknown for prompt in fleet.enqueued] == ["fail", "retry"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
+        (("enqueue", "x", "--on-unknown", "maybe"), ExitCode.USAGE, "--on-unknown"),
         (("enqueue", "x", "--tier", "nope"), ExitCode.USAGE, "no tier 'nope'"),
         (("enqueue", "x", "--temperature", "9"), ExitCode.USAGE, "temperature: must be"),
         (("enqueue", "x", "--metadata", "novalue"), ExitCode.USAGE, "NAME=VALUE"),

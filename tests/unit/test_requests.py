@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from promptfleet.options import MAX_DEADLINE_S
 from promptfleet.requests import Defaults, job_id, make_spec, make_specs
 from promptfleet_shared.errors import InvalidRequestError
-from promptfleet_shared.jobs import CacheMode, CacheOptions, JobKind
+from promptfleet_shared.jobs import CacheMode, CacheOptions, JobKind, OnUnknown
 
 NOW = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
 DEFAULTS = Defaults(deadline_s=60.0, now=lambda: NOW)
@@ -82,6 +82,7 @@ def test_what_is_ours_stays_out_of_the_body() -> None:
         "callback_url": "https://example.com/hook?x=1",
         "deadline": 5,
         "cache": "refresh",
+        "on_unknown": "fail",
     }
     spec = make_spec("hello", options, DEFAULTS)
     assert spec.request == make_spec("hello", {}, DEFAULTS).request
@@ -89,6 +90,8 @@ def test_what_is_ours_stays_out_of_the_body() -> None:
     assert spec.metadata == {"b": 1, "a": [1, 2]}
     assert (spec.idempotency_key, spec.callback_url) == ("k", "https://example.com/hook?x=1")
     assert (spec.deadline_s, spec.cache) == (5.0, CacheOptions(mode=CacheMode.REFRESH))
+    assert spec.on_unknown is OnUnknown.FAIL
+    assert make_spec("hello", {}, DEFAULTS).on_unknown is OnUnknown.RETRY
 
 
 def test_messages_pass_through_untouched() -> None:
@@ -155,6 +158,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("tier", {"tier": "Basic"}),
     ("tier", {"tier": ""}),
     ("tier", {"tier": 1}),
+    ("on_unknown", {"on_unknown": "fail_unknown"}),
+    ("on_unknown", {"on_unknown": False}),
     ("model", {"model": ""}),
     ("model", {"model": "a\0b"}),
     ("model", {"model": "a\ud800b"}),
@@ -275,6 +280,30 @@ def test_messages_tell_what_is_wrong() -> None:
         make_spec([{"role": "system", "content": "a"}], {"system": "b"}, DEFAULTS)
     with pytest.raises(InvalidRequestError, match="naive one has no time zone"):
         make_spec("x", {"deadline": dt.datetime(2031, 1, 1)}, DEFAULTS)  # noqa: DTZ001
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("gpt-5-mni", "did you mean gpt-5-mini"),
+        (SECRET, "its models are gpt-5, gpt-5-mini, small"),
+    ],
+)
+def test_models_of_the_fleet(given: str, hint: str) -> None:
+    known = Defaults(models=("gpt-5", "gpt-5-mini", "small"))
+    assert make_spec("x", {"model": "small"}, known).model == "small"
+    assert make_spec("x", {}, known).model is None
+    assert make_spec("x", {"model": given}, DEFAULTS).model == given  # nobody tells
+    with pytest.raises(InvalidRequestError, match=hint) as caught:
+        make_specs(["x", {"prompt": "y", "model": given}], {}, known)
+    assert caught.value.field == "prompts[1].model"
+    assert given not in str(caught.value)
+
+
+def test_many_models_are_not_all_listed() -> None:
+    known = Defaults(models=tuple(f"model-{n}" for n in range(14)))
+    with pytest.raises(InvalidRequestError, match=r"model-9 and 4 more$"):
+        make_spec("x", {"model": "?"}, known)
 
 
 def test_tiers_of_the_fleet() -> None:

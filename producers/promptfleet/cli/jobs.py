@@ -13,7 +13,7 @@ from promptfleet.cli.exits import ExitCode
 from promptfleet.cli.terminal import JsonFlag, complain, note, print_json, print_text
 from promptfleet.options import PromptOptions
 from promptfleet_shared.errors import InvalidRequestError, JobNotFoundError, WaitTimeoutError
-from promptfleet_shared.jobs import JobState, Result
+from promptfleet_shared.jobs import JobState, OnUnknown, Result
 
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0, help="Seconds to wait at most.")]
 
@@ -35,6 +35,10 @@ def enqueue(
         list[str] | None, typer.Option(help="NAME=VALUE, given back with the result; repeatable.")
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Ask the provider anew.")] = False,
+    on_unknown: Annotated[
+        OnUnknown | None,
+        typer.Option(help="When a call was lost that may have been billed: retry, or fail."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print it.")] = False,
     timeout: Timeout = None,
     as_json: JsonFlag = False,
@@ -52,6 +56,7 @@ def enqueue(
         "idempotency_key": idempotency_key,
         "metadata": _pairs(metadata or []),
         "cache": False if no_cache else None,
+        "on_unknown": on_unknown,
     }
     with open_client(data_dir) as client:
         job = client.enqueue_prompt(sys.stdin.read() if prompt == "-" else prompt, **options)

@@ -27,7 +27,13 @@ def store_connection(settings: Settings) -> Iterator[Any]:
     from promptfleet_shared.store.engines import make_engine, store_errors  # noqa: PLC0415
 
     url = settings.database_url.get_secret_value()
-    engine = make_engine(url, application_name="promptfleet-cli", pool_size=1)
+    engine = make_engine(
+        url,
+        application_name="promptfleet-cli",
+        pool_size=1,
+        connect_timeout_s=settings.database_connect_timeout_s,
+        patience_s=settings.database_patience_s,
+    )
     try:
         with store_errors(), engine.connect() as connection:
             yield connection

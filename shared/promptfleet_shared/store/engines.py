@@ -11,8 +11,12 @@ from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from promptfleet_shared.errors import ConfigurationError, StoreUnavailableError
+from promptfleet_shared.store.connections import bound_waits, replace_stale
+from promptfleet_shared.store.failures import sqlstate_of, will_pass
 
 CONNECT_TIMEOUT_S = 5
+POOL_TIMEOUT_S = 10
+TCP_USER_TIMEOUT_MS = 15_000
 _DRIVER = "postgresql+psycopg"
 
 
@@ -29,48 +33,91 @@ def normalise_url(url: str) -> sa.URL:
     return parsed.set(drivername=_DRIVER)
 
 
-def _options(application_name: str, pool_size: int) -> dict[str, Any]:
+def _options(application_name: str, pool_size: int, connect_timeout_s: int) -> dict[str, Any]:
     return {
         "pool_size": pool_size,
-        "max_overflow": pool_size,
-        "pool_pre_ping": False,  # costs a round trip a checkout; a broken connection is retried
+        # Beyond the pool, SQLAlchemy would connect anew for every statement and hang up after it:
+        # a hundred times the cost of waiting for a connection to come free.
+        "max_overflow": 0,
+        "pool_timeout": POOL_TIMEOUT_S,
+        "pool_pre_ping": False,  # costs a round trip a checkout; see `replace_stale`
         "pool_recycle": 1800,
         "hide_parameters": True,  # prompts and outputs are among them
         "connect_args": {
-            "connect_timeout": CONNECT_TIMEOUT_S,
+            "connect_timeout": connect_timeout_s,
             "application_name": application_name,
             # Dead peers are noticed in half a minute instead of two hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
+            # The same while something is under way, which keepalives don't watch.
+            "tcp_user_timeout": TCP_USER_TIMEOUT_MS,
         },
     }
 
 
-def make_engine(url: str, *, application_name: str, pool_size: int = 5) -> sa.Engine:
-    """An engine for synchronous callers; it connects at first use."""
-    return sa.create_engine(normalise_url(url), **_options(application_name, pool_size))
+def make_engine(
+    url: str,
+    *,
+    application_name: str,
+    pool_size: int = 5,
+    connect_timeout_s: int = CONNECT_TIMEOUT_S,
+    patience_s: float | None = None,
+) -> sa.Engine:
+    """An engine for synchronous callers; it connects at first use.
+
+    Args:
+        url: In any usual spelling; see `normalise_url`.
+        application_name: What `pg_stat_activity` shows.
+        pool_size: Connections at most; they are kept.
+        connect_timeout_s: Seconds for each address of the server, from 2.
+        patience_s: Seconds that a statement may take before its connection is broken off; None
+            waits as long as it takes, which suits migrations.
+    """
+    options = _options(application_name, pool_size, connect_timeout_s)
+    engine = sa.create_engine(normalise_url(url), **options)
+    _prepare(engine, patience_s)
+    return engine
 
 
-def make_async_engine(url: str, *, application_name: str, pool_size: int = 5) -> AsyncEngine:
-    """An engine for asynchronous callers; it connects at first use."""
-    return create_async_engine(normalise_url(url), **_options(application_name, pool_size))
+def make_async_engine(
+    url: str,
+    *,
+    application_name: str,
+    pool_size: int = 5,
+    connect_timeout_s: int = CONNECT_TIMEOUT_S,
+    patience_s: float | None = None,
+) -> AsyncEngine:
+    """An engine for asynchronous callers; the parameters are those of `make_engine`."""
+    options = _options(application_name, pool_size, connect_timeout_s)
+    engine = create_async_engine(normalise_url(url), **options)
+    _prepare(engine.sync_engine, patience_s)
+    return engine
 
 
-def is_disconnect(error: BaseException) -> bool:
-    """True if the database went away, as opposed to having refused the statement."""
-    return isinstance(error, exc.TimeoutError) or (
-        isinstance(error, exc.DBAPIError)
-        and (error.connection_invalidated or isinstance(error, exc.OperationalError))
-    )
+def _prepare(engine: sa.Engine, patience_s: float | None) -> None:
+    replace_stale(engine)
+    if patience_s is not None:
+        bound_waits(engine, patience_s)
 
 
 @contextlib.contextmanager
 def store_errors() -> Iterator[None]:
-    """Turn a lost or unreachable database into `StoreUnavailableError`, without its URL."""
+    """Turn an unreachable, lost or overloaded database into `StoreUnavailableError`."""
     try:
         yield
     except exc.SQLAlchemyError as error:
-        if is_disconnect(error):
-            raise StoreUnavailableError from error
+        if will_pass(error):
+            # Not SQLAlchemy's own error: on a caller's engine it may show prompts.
+            raise unavailable(error) from getattr(error, "orig", None)
         raise
+
+
+def unavailable(error: BaseException) -> StoreUnavailableError:
+    """Our own error for one that will pass, without URL, statement or parameters."""
+    sqlstate = sqlstate_of(error)
+    if sqlstate is None:
+        return StoreUnavailableError()
+    cause = type(getattr(error, "orig", error)).__name__
+    msg = f"The database can't do this now ({cause}), so nothing was accepted."
+    return StoreUnavailableError(msg, sqlstate=sqlstate)
