@@ -91,6 +91,34 @@ class CacheSection(_Section):
     max_value_bytes: Count = 1_000_000
 
 
+class BreakerOptions(_Section):
+    """When a deployment that fails is left alone, and how it comes back; over the whole fleet.
+
+    Attributes:
+        enabled: False lets every call through.
+        window_s: Seconds over which calls are counted.
+        min_calls: Fewer calls in the window prove nothing.
+        failure_share: The breaker opens when so much of the window's calls failed, 0 to 1.
+        cool_down_s: Seconds without a call after the first opening; doubles with each next one.
+        max_cool_down_s: The longest cool-down; after as long, a probe without an answer is given
+            up on.
+        ramp_s: Seconds in which calls in flight may grow from a tenth to all, after a good probe.
+        retry_share: Repeated calls for each first call, while the deployment is not seen to be
+            well: what a storm of failures is amplified by at most.
+        retries_per_s: Repeated calls a second besides, so that a quiet fleet can retry.
+    """
+
+    enabled: bool = True
+    window_s: Annotated[float, Field(gt=0)] = 30.0
+    min_calls: Count = 20
+    failure_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    cool_down_s: Annotated[float, Field(gt=0)] = 5.0
+    max_cool_down_s: Annotated[float, Field(gt=0)] = 60.0
+    ramp_s: Annotated[float, Field(gt=0)] = 30.0
+    retry_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    retries_per_s: Annotated[float, Field(gt=0)] = 1.0
+
+
 class Deployment(_Section):
     """One place where a model answers.
 
@@ -105,6 +133,8 @@ class Deployment(_Section):
             takes no list, or its answers can't be told apart.
         headers: Sent with every request.
         max_concurrent_calls: Calls in flight here from one worker; None: the tier's own bound.
+        stream: True to have chats and completions streamed: a dead call is noticed after
+            `idle_timeout_ms` instead of `timeout_ms`.
     """
 
     name: str = ""
@@ -116,6 +146,7 @@ class Deployment(_Section):
     prompts_per_request: Count = 1
     headers: dict[str, str] = {}
     max_concurrent_calls: Count | None = None
+    stream: bool = False
     timeouts: TimeoutOptions | None = None
 
     def secret(self) -> str | None:
@@ -157,6 +188,7 @@ class Fleet(_Section):
     retry: RetryOptions = RetryOptions()
     timeouts: TimeoutOptions = TimeoutOptions()
     cache: CacheSection = CacheSection()
+    breaker: BreakerOptions = BreakerOptions()
 
     @model_validator(mode="before")
     @classmethod

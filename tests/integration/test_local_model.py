@@ -10,11 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import orjson
 import pytest
 
 from promptfleet.local_model import available
+from promptfleet_shared.fleet import Deployment, TimeoutOptions
+from promptfleet_shared.jobs import JobKind
+from promptfleet_workers.providers.building import build_provider
+from promptfleet_workers.providers.http import HttpClient
+from promptfleet_workers.providers.protocol import Call, Completion
 
 DEADLINE_S = 60.0
 MODEL = "smollm2-135m"
@@ -78,6 +85,57 @@ def test_chat_as_a_stream(client: httpx.Client) -> None:
     pieces = [delta["content"] for delta in deltas if delta.get("content")]
     assert len(pieces) > 1
     assert events[-1]["usage"]["completion_tokens"] <= 6
+
+
+@pytest.mark.parametrize(
+    ("protocol", "kind"),
+    [("openai", JobKind.CHAT), ("openai", JobKind.COMPLETION), ("anthropic", JobKind.CHAT)],
+)
+async def test_our_providers_get_the_same_streamed_and_whole(
+    server: str, protocol: str, kind: JobKind
+) -> None:
+    client, heard = HttpClient(), list[str]()
+    whole = await _ask(client, server, protocol, kind)
+    streamed = await _ask(client, server, protocol, kind, stream=True, on_text=heard.append)
+    await client.aclose()
+
+    assert streamed.text == whole.text == "".join(heard)
+    assert len(heard) > 1
+    assert streamed.finish_reason == whole.finish_reason
+    assert streamed.usage.output == whole.usage.output > 1
+    assert streamed.usage.input == whole.usage.input > 1
+    assert _fields(orjson.loads(whole.response)) <= _fields(orjson.loads(streamed.response))
+
+
+async def _ask(
+    client: HttpClient, server: str, protocol: str, kind: JobKind, **options: Any
+) -> Completion:
+    deployment = Deployment(provider=protocol, base_url=f"{server}/v1")
+    asked: dict[str, object] = {"messages": [{"role": "user", "content": "Count to five."}]}
+    if kind is JobKind.COMPLETION:
+        asked = {"prompt": "One, two,"}
+    request = {"max_tokens": 12, "temperature": 0, **asked}
+    call = Call(
+        kind=kind,
+        model=MODEL,
+        requests=[orjson.dumps(request).decode()],
+        input_tokens=[5],
+        timeouts=TimeoutOptions(),
+        **options,
+    )
+    [answer] = await build_provider(deployment, client).call(call)
+    assert isinstance(answer, Completion)
+    return answer
+
+
+def _fields(value: Any, path: str = "") -> set[str]:
+    """The paths of all that a response says; its timings differ, and no null says anything."""
+    if isinstance(value, dict):
+        inner = [_fields(item, f"{path}.{key}") for key, item in value.items() if key != "timings"]
+        return set().union(*inner)
+    if isinstance(value, list):
+        return set().union(*(_fields(item, f"{path}[]") for item in value))
+    return set() if value is None else {path}
 
 
 def test_list_of_prompts(client: httpx.Client) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 
+import httpx
+import openai as official
 import orjson
 import pytest
+from tests.waiting import eventually
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Deployment, TimeoutOptions
@@ -16,14 +20,14 @@ from promptfleet_shared.jobs import JobKind
 from promptfleet_workers.providers.building import build_provider
 from promptfleet_workers.providers.http import HttpClient
 from promptfleet_workers.providers.protocol import Answer, Call, Completion, Provider
-from promptfleet_workers.retries import Verdict, classify
+from promptfleet_workers.retries import FailureKind, Verdict, classify
 
 KEY = "the-key"
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    flags = ["--port", "0", "--api-key", KEY]
+    flags = ["--port", "0", "--api-key", KEY, "--drip-ms", "40"]
     command = [sys.executable, "-m", "promptfleet_workers.providers.simulated", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -55,10 +59,10 @@ def _provider(protocol: str, url: str, client: HttpClient, key: str = KEY) -> Pr
     return build_provider(Deployment.model_validate(options), client)
 
 
-async def chat(provider: Provider, text: str, **timers: float) -> Answer:
+async def chat(provider: Provider, text: str, *, stream: bool = False, **timers: float) -> Answer:
     request: dict[str, object] = {"messages": [{"role": "user", "content": text}]}
     timeouts = TimeoutOptions.model_validate(timers)
-    return (await _call(provider, JobKind.CHAT, [request], timeouts))[0]
+    return (await _call(provider, JobKind.CHAT, [request], timeouts, stream=stream))[0]
 
 
 async def _call(
@@ -66,6 +70,8 @@ async def _call(
     kind: JobKind,
     requests: list[dict[str, object]],
     timeouts: TimeoutOptions | None = None,
+    *,
+    stream: bool = False,
 ) -> list[Answer]:
     return await provider.call(
         Call(
@@ -76,13 +82,16 @@ async def _call(
             ],
             input_tokens=[5] * len(requests),
             timeouts=timeouts or TimeoutOptions(),
+            stream=stream,
         )
     )
 
 
-async def failure(provider: Provider, text: str, **timers: float) -> ProviderError:
+async def failure(
+    provider: Provider, text: str, *, stream: bool = False, **timers: float
+) -> ProviderError:
     with pytest.raises(ProviderError) as caught:
-        await chat(provider, text, **timers)
+        await chat(provider, text, stream=stream, **timers)
     return caught.value
 
 
@@ -96,6 +105,165 @@ async def test_an_answer(provider: Provider) -> None:
     assert answer.usage.input > 0
     assert answer.usage.output > 0
     assert json.loads(answer.response)["model"] == "m"
+
+
+streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+@pytest.mark.parametrize("text", ["Grüße, 世界!", "", " lines\n\nof text "])
+async def test_a_streamed_answer_is_the_whole_one(provider: Provider, text: str) -> None:
+    whole, streamed = [
+        await chat(provider, f"[[sim:text={text}]]", stream=stream) for stream in (False, True)
+    ]
+
+    assert isinstance(whole, Completion)
+    assert isinstance(streamed, Completion)
+    assert (streamed.text or "", streamed.finish_reason) == (text, whole.finish_reason)
+    assert (streamed.usage, streamed.model) == (whole.usage, whole.model)
+    assert _shape(json.loads(streamed.response)) == _shape(json.loads(whole.response))
+
+
+def _shape(response: object) -> object:
+    """The response without what differs from call to call, or says nothing."""
+    if isinstance(response, dict):
+        return {
+            key: _shape(value)
+            for key, value in response.items()
+            if key not in {"id", "created"} and value is not None
+        }
+    return [_shape(item) for item in response] if isinstance(response, list) else response
+
+
+@streamed
+@pytest.mark.parametrize(
+    ("marker", "kind"),
+    [
+        ("quota", FailureKind.QUOTA),
+        ("overload", FailureKind.OVERLOAD),
+        ("html,status=200", FailureKind.BAD_OUTPUT),
+        ("error-body,status=429", FailureKind.RATE_LIMIT),
+        ("bad-utf8", FailureKind.BAD_OUTPUT),
+        ("cut", FailureKind.TRUNCATED),
+        ("endless", FailureKind.BAD_OUTPUT),
+        ("bomb", FailureKind.BAD_OUTPUT),
+        ("hang", FailureKind.UNKNOWN_OUTCOME),
+        ("stall", FailureKind.UNKNOWN_OUTCOME),
+        ("reset", None),
+        ("truncate", None),
+    ],
+)
+async def test_what_can_go_wrong(
+    provider: Provider, marker: str, kind: FailureKind | None, stream: bool
+) -> None:
+    prompt = f"[[sim:{marker}]] {'canary ' * 50}"
+    timers = {"hang": {"first_byte_timeout_ms": 300}, "stall": {"idle_timeout_ms": 300}}
+
+    error = await failure(provider, prompt, stream=stream, **timers.get(marker, {}))
+
+    cut = FailureKind.TRUNCATED if stream else FailureKind.UNKNOWN_OUTCOME
+    assert classify(error).kind is (kind or cut), error.message
+    assert classify(error).stops_key is (kind is FailureKind.QUOTA)
+    assert "canary" not in error.message
+
+
+async def test_an_error_in_the_middle_of_a_stream(provider: Provider) -> None:
+    error = await failure(provider, "[[sim:error-event,status=500]]", stream=True)
+
+    assert (error.unknown_outcome, classify(error).verdict) == (True, Verdict.RETRY)
+
+
+@streamed
+@pytest.mark.parametrize("marker", ["nul", "surrogate"])
+async def test_an_answer_that_is_hard_to_store(
+    provider: Provider, marker: str, stream: bool
+) -> None:
+    answer = await chat(provider, f"[[sim:{marker}]]", stream=stream)
+
+    assert isinstance(answer, Completion)
+    assert ("\0" if marker == "nul" else "\ufffd") in (answer.text or "")
+    escape = rb"\u0000" if marker == "nul" else rb"\ud83d"
+    assert escape in answer.response
+    (answer.text or "").encode()
+
+
+@streamed
+async def test_a_byte_at_a_time_ends_at_the_total_limit(provider: Provider, stream: bool) -> None:
+    call = asyncio.create_task(chat(provider, "[[sim:drip]]", stream=stream))
+
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(call, 0.5)
+
+
+async def test_a_cancelled_stream_is_closed_at_the_provider(provider: Provider, url: str) -> None:
+    def count(name: str) -> int:
+        return int(httpx.get(f"{url}/stats").json()[name])
+
+    before, in_flight = count("stream_disconnects"), count("in_flight")
+    call = asyncio.create_task(chat(provider, "[[sim:stall]]", stream=True))
+    await asyncio.to_thread(eventually, lambda: count("in_flight") > in_flight, "it streams")
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    await asyncio.to_thread(
+        eventually, lambda: count("stream_disconnects") == before + 1, "the provider sees it"
+    )
+
+
+async def test_openais_own_client_reads_the_simulated_streams(url: str) -> None:
+    client = official.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+    text = "Grüße, 世界! And more."
+
+    async with client.chat.completions.stream(
+        model="m",
+        messages=[{"role": "user", "content": f"[[sim:text={text}]]"}],
+        stream_options={"include_usage": True},
+    ) as stream:
+        chat = await stream.get_final_completion()
+    chunks = await client.completions.create(
+        model="m",
+        prompt=f"[[sim:text={text}]]",
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    pieces = [choice.text async for chunk in chunks for choice in chunk.choices]
+    with pytest.raises(official.APIError):
+        _ = [
+            chunk
+            async for chunk in await client.completions.create(
+                model="m", prompt="[[sim:error-event,status=500]]", stream=True
+            )
+        ]
+    await client.close()
+
+    assert chat.choices[0].message.content == text
+    assert (chat.choices[0].finish_reason, chat.usage is not None) == ("stop", True)
+    assert "".join(pieces) == text
+
+
+async def test_our_assembly_of_a_stream_is_what_openais_own_client_makes_of_it(
+    url: str, openai: Provider
+) -> None:
+    prompt = "Say it twice [[sim:output-tokens=40]]"
+    client = official.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+
+    ours = await chat(openai, prompt, stream=True)
+    async with client.chat.completions.stream(
+        model="m",
+        messages=[{"role": "user", "content": prompt}],
+        stream_options={"include_usage": True},
+    ) as stream:
+        theirs = await stream.get_final_completion()
+    await client.close()
+
+    assert isinstance(ours, Completion)
+    assert _shape(json.loads(ours.response)) == _shape(
+        json.loads(
+            theirs.model_dump_json(
+                exclude_none=True, exclude={"choices": {"__all__": {"message": {"parsed"}}}}
+            )
+        )
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ models = ["broken", "main"]
 [tiers.lists]
 models = ["many"]
 batch = {{ batch_window_ms = 100 }}
+[tiers.streams]
+models = ["streamed"]
 [tiers.hasty]
 models = ["main"]
 timeouts = {{ timeout_ms = 250 }}
@@ -57,13 +59,15 @@ batch = {{ max_concurrent_calls = {narrow} }}
 [models.main]
 price_as = "openai/gpt-4o-mini"
 deployments = [{{ base_url = "{url}" }}]
+[models.streamed]
+deployments = [{{ base_url = "{url}", stream = true }}]
 [models.broken]
 deployments = [{{ base_url = "http://127.0.0.1:{closed}/v1" }}]
 [models.many]
 price_as = "free"
 deployments = [{{ base_url = "{url}", prompts_per_request = 8 }}]
 """
-SHARED_TIERS = ("basic", "spare", "lists", "hasty")
+SHARED_TIERS = ("basic", "spare", "lists", "streams", "hasty")
 _numbers = itertools.count(1)
 
 
@@ -293,6 +297,15 @@ class TestAnswers:
         assert result.succeeded
         assert result.text == "a\ufffdb"
 
+    @pytest.mark.parametrize("marker", ["nul", "surrogate"])
+    def test_an_answer_that_postgres_can_not_hold(self, site: Site, marker: str) -> None:
+        (result,) = site.run(spec(unique(f"[[sim:{marker}]] odd")))
+
+        assert result.succeeded
+        assert "\ufffd" in (result.text or "")
+        content = result.response["choices"][0]["message"]["content"]
+        assert ("\0" if marker == "nul" else "\ud83d") in content
+
 
 @pytest.mark.usefixtures("worker")
 class TestFailures:
@@ -350,12 +363,23 @@ class TestFailures:
         assert (result.attempts, site.provider.calls_of(text)) == (1, 1)
         assert text not in str(result.error)
 
-    @pytest.mark.parametrize("fault", ["disconnect", "truncate"])
+    @pytest.mark.parametrize("fault", ["disconnect", "truncate", "reset", "cut", "bad-utf8"])
     def test_a_broken_connection_is_retried(self, site: Site, fault: str) -> None:
         (result,) = site.run(spec(unique(f"[[sim:{fault},times=1]] again")))
 
         assert result.succeeded
         assert result.attempts == 2
+        assert job_row(site.database, result.job_id)["unknown_calls"] == 1
+
+    @pytest.mark.parametrize("fault", ["cut", "reset", "truncate", "error-event"])
+    def test_a_stream_that_was_cut_is_no_answer(self, site: Site, fault: str) -> None:
+        text = unique(f"[[sim:{fault},times=1]] again")
+
+        (result,) = site.run(spec(text, tier="streams"))
+
+        assert result.succeeded
+        assert (result.attempts, site.provider.calls_of(text)) == (2, 2)
+        assert "again" in (result.text or "")
         assert job_row(site.database, result.job_id)["unknown_calls"] == 1
 
     def test_a_call_that_takes_too_long_is_given_up(self, site: Site) -> None:
@@ -500,6 +524,21 @@ class TestTime:
         assert (result.state, result.error) == (JobState.CANCELLED, None)
         eventually(
             lambda: site.provider.stats()["client_disconnects"] > before, "the call is closed"
+        )
+        assert job_row(site.database, job_id)["unknown_calls"] == 1
+
+    def test_cancelling_a_running_stream_closes_it(self, site: Site) -> None:
+        text = unique("[[sim:stall]] it begins, and goes on for ever")
+        (job_id,) = site.submit(spec(text, tier="streams"))
+        eventually(lambda: site.provider.calls_of(text) == 1, "the call begins")
+        before = site.provider.stats()["stream_disconnects"]
+
+        site.cancel(job_id)
+
+        (result,) = site.results([job_id])
+        assert result.state is JobState.CANCELLED
+        eventually(
+            lambda: site.provider.stats()["stream_disconnects"] == before + 1, "it is closed"
         )
         assert job_row(site.database, job_id)["unknown_calls"] == 1
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from aiohttp.client_reqrep import ClientRequest
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import TimeoutOptions
@@ -132,12 +133,51 @@ async def test_a_chunked_body_in_many_pieces_is_put_together() -> None:
 
 @pytest.mark.parametrize(
     ("encoding", "body"),
-    [(b"gzip", gzip.compress(b'{"a":1}')), (b"deflate", zlib.compress(b'{"a":1}'))],
+    [
+        (b"gzip", gzip.compress(b'{"a":1}')),
+        (b"x-gzip", gzip.compress(b'{"a"') + gzip.compress(b":1}")),
+        (b"gzip", gzip.compress(b'{"a":1}') + bytes(500)),
+        (b"deflate", zlib.compress(b'{"a":1}')),
+        (b"deflate", zlib.compress(b'{"a":1}')[2:-4]),
+    ],
+    ids=["gzip", "members", "padding", "deflate", "deflate without its header"],
 )
 async def test_a_compressed_body_is_unpacked(encoding: bytes, body: bytes) -> None:
     response = await post(replying(with_length(body, b"content-encoding: %b\r\n" % encoding)))
 
     assert response.body == b'{"a":1}'
+
+
+@pytest.mark.parametrize("size", [1, 256 * 1024 - 1, 256 * 1024, 256 * 1024 + 137, 1_000_003])
+@pytest.mark.parametrize("form", ["gzip", "deflate", "deflate without its header"])
+async def test_nothing_of_a_compressed_body_is_left_behind(form: str, size: int) -> None:
+    plain = b"x" * size
+    packed = gzip.compress(plain) if form == "gzip" else zlib.compress(plain)
+    if form.endswith("header"):
+        packed = packed[2:-4]
+    headers = b"content-encoding: %b\r\n" % form.partition(" ")[0].encode()
+
+    response = await post(replying(with_length(packed, headers)))
+
+    assert response.body == plain
+
+
+async def test_only_encodings_are_asked_for_that_can_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As if brotli and zstd were installed: then aiohttp asks for them by itself.
+    everything = dict[str, str](ClientRequest.DEFAULT_HEADERS.items())
+    everything["Accept-Encoding"] = "gzip, deflate, br, zstd"
+    monkeypatch.setattr(ClientRequest, "DEFAULT_HEADERS", everything)
+    heads = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append((await read_request(reader))[0].lower())
+        writer.write(with_length(b"{}"))
+
+    await post(handler)
+
+    assert "accept-encoding: gzip, deflate\r\n" in heads[0]
 
 
 async def test_a_refused_connection_cost_nothing() -> None:
@@ -235,11 +275,16 @@ async def test_a_small_body_that_unpacks_to_a_huge_one_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(http, "MAX_RESPONSE_BYTES", 100_000)
-    bomb = gzip.compress(b" " * 100_001)
+    member = gzip.compress(b" " * 50_001)
+    bomb = member * 2
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n"
+    for response in (
+        with_length(bomb, b"content-encoding: gzip\r\n"),
+        head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(bomb), bomb),
+    ):
+        error = await failure(replying(response))
 
-    error = await failure(replying(with_length(bomb, b"content-encoding: gzip\r\n")))
-
-    assert (error.code, error.unknown_outcome) == ("response_too_large", True)
+        assert (error.code, error.unknown_outcome) == ("response_too_large", True)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +292,8 @@ async def test_a_small_body_that_unpacks_to_a_huge_one_is_refused(
     [
         (gzip.compress(b'{"a":1}')[:-4], b"gzip", "connection_lost"),
         (b"no gzip at all", b"gzip", "bad_response"),
+        (gzip.compress(b"{}") + b"rubbish", b"gzip", "bad_response"),
+        (b"no deflate at all", b"deflate", "bad_response"),
         (b"anything", b"br", "bad_response"),
     ],
 )
@@ -274,6 +321,213 @@ async def test_a_cancelled_call_closes_its_connection() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await gone.wait()
+        await client.aclose()
+
+
+# -- event streams
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+LAST = b"data: [DONE]\n\n"
+
+
+def chunked(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Listener:
+    """Keeps the pieces that come; the stream is over with the last event."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def __call__(self, piece: bytes) -> bool:
+        self.pieces.append(piece)
+        return LAST in b"".join(self.pieces)
+
+    @property
+    def heard(self) -> bytes:
+        return b"".join(self.pieces)
+
+
+async def listen(
+    handler: Handler, timeouts: TimeoutOptions = PATIENT
+) -> tuple[HttpResponse, Listener]:
+    listener = Listener()
+    async with serving(handler) as url:
+        client = HttpClient()
+        try:
+            return await client.post(Endpoint(url, {}), b"{}", timeouts, listener), listener
+        finally:
+            await client.aclose()
+
+
+async def test_a_stream_is_given_piece_by_piece_and_has_no_body() -> None:
+    taken = asyncio.Event()
+    heard: list[bytes] = []
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(STREAM_HEAD + chunked(b"data: 1\n\n"))
+        await taken.wait()  # the second piece comes only after the first one was heard
+        writer.write(chunked(LAST) + b"0\r\n\r\n")
+
+    def take(piece: bytes) -> bool:
+        heard.append(piece)
+        taken.set()
+        return len(heard) == 2
+
+    async with serving(handler) as url, asyncio.timeout(10):
+        client = HttpClient()
+        response = await client.post(Endpoint(url, {}), b"{}", PATIENT, take)
+        await client.aclose()
+
+    assert heard == [b"data: 1\n\n", LAST]
+    assert (response.status, response.body) == (200, b"")
+
+
+async def test_the_connection_of_a_stream_is_used_again() -> None:
+    connections = 0
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while True:
+            await read_request(reader)
+            writer.write(STREAM_HEAD + chunked(LAST))
+            await writer.drain()
+            writer.write(b"0\r\n\r\n")
+
+    async with serving(handler) as url:
+        client = HttpClient()
+        for _ in range(3):
+            await client.post(Endpoint(url, {}), b"{}", PATIENT, Listener())
+        await client.aclose()
+
+    assert connections == 1
+
+
+@pytest.mark.parametrize("more", [b"", chunked(b": bye\n")], ids=["silence", "more"])
+async def test_a_stream_that_stays_open_after_its_last_event_is_left(more: bytes) -> None:
+    gone = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(STREAM_HEAD + chunked(LAST) + more)
+        assert await reader.read() == b""
+        gone.set()
+
+    async with asyncio.timeout(10):
+        response, listener = await listen(handler)
+        await gone.wait()
+
+    assert (response.status, listener.heard[: len(LAST)]) == (200, LAST)
+
+
+async def test_what_is_no_event_stream_is_read_whole() -> None:
+    refusal = b"HTTP/1.1 429 Too Many Requests\r\ncontent-type: text/event-stream\r\n"
+    for head in (refusal, b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\n"):
+        response, listener = await listen(replying(head + b"content-length: 2\r\n\r\n{}"))
+
+        assert (response.body, listener.heard) == (b"{}", b"")
+
+
+@pytest.mark.parametrize("beginning", [b"", STREAM_HEAD, STREAM_HEAD + chunked(b"data: 1\n\n")])
+async def test_a_stream_that_stalls_is_closed_at_its_timer(beginning: bytes) -> None:
+    gone = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(beginning)
+        assert await reader.read() == b""
+        gone.set()
+
+    async with asyncio.timeout(10):
+        with pytest.raises(ProviderError) as caught:
+            await listen(handler, HASTY)
+        await gone.wait()
+
+    assert (caught.value.code, caught.value.unknown_outcome) == ("timeout", True)
+
+
+async def test_a_stream_that_breaks_off_may_have_cost_something() -> None:
+    with pytest.raises(ProviderError) as caught:
+        await listen(replying(STREAM_HEAD, chunked(b"data: 1\n\n")))
+
+    assert (caught.value.code, caught.value.unknown_outcome) == ("connection_lost", True)
+
+
+async def test_a_compressed_stream_is_unpacked_as_it_comes() -> None:
+    head = STREAM_HEAD.replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n")
+    packed = gzip.compress(b"data: 1\n\n") + gzip.compress(LAST)
+
+    _, listener = await listen(
+        replying(head, chunked(packed[:9]), chunked(packed[9:]), b"0\r\n\r\n")
+    )
+
+    assert listener.heard == b"data: 1\n\n" + LAST
+
+
+async def test_an_endless_stream_is_refused_while_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "MAX_STREAM_BYTES", 100_000)
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(STREAM_HEAD)
+        while True:
+            writer.write(chunked(b": hm\n" * 1000))
+            await writer.drain()
+
+    async with asyncio.timeout(10):
+        with pytest.raises(ProviderError) as caught:
+            await listen(handler)
+
+    assert caught.value.code == "response_too_large"
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+async def test_a_cancelled_stream_closes_its_connection(is_over: bool) -> None:
+    heard, gone = asyncio.Event(), asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(STREAM_HEAD + chunked(b"data: 1\n\n"))
+        assert await reader.read() == b""
+        gone.set()
+
+    def take(piece: bytes) -> bool:
+        heard.set()
+        return is_over
+
+    async with serving(handler) as url, asyncio.timeout(10):
+        client = HttpClient()
+        task = asyncio.create_task(client.post(Endpoint(url, {}), b"{}", PATIENT, take))
+        await heard.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await gone.wait()
+        await client.aclose()
+
+
+async def test_a_listeners_refusal_closes_the_connection() -> None:
+    gone = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(STREAM_HEAD + chunked(b"data: 1\n\n"))
+        assert await reader.read() == b""
+        gone.set()
+
+    def refuse(piece: bytes) -> bool:
+        raise ProviderError(code="bad_response")
+
+    async with serving(handler) as url, asyncio.timeout(10):
+        client = HttpClient()
+        with pytest.raises(ProviderError):
+            await client.post(Endpoint(url, {}), b"{}", PATIENT, refuse)
         await gone.wait()
         await client.aclose()
 

@@ -13,10 +13,10 @@ from promptfleet_workers.providers.responses import (
     estimate_tokens,
     name,
     read_json,
-    retry_after_s,
     storable,
     write_json,
 )
+from promptfleet_workers.providers.waits import retry_after_s
 
 NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
 DATE = "Tue, 14 Nov 2023 22:13:20 GMT"

@@ -19,7 +19,7 @@ RETRY, DEFER, NEXT, FINAL = Verdict.RETRY, Verdict.DEFER, Verdict.NEXT, Verdict.
         # a code says more than the status it came with
         ("rate_limit_exceeded", 429, DEFER, DEFER),
         ("rate_limit_exceeded", 400, DEFER, DEFER),
-        ("insufficient_quota", 429, NEXT, FINAL),
+        ("insufficient_quota", 429, NEXT, DEFER),
         ("overloaded_error", 529, DEFER, DEFER),
         ("overloaded", 200, DEFER, DEFER),
         ("context_length_exceeded", 400, NEXT, FINAL),

@@ -19,74 +19,129 @@ class Verdict(enum.Enum):
     FINAL = "final"  # never
 
 
+class FailureKind(enum.StrEnum):
+    """What kind of failure it was, for metrics, breakers and people; see provider-errors.md."""
+
+    RATE_LIMIT = "rate_limit"  # too fast for our limits there
+    QUOTA = "quota"  # the account behind the key is used up, or not paid for
+    OVERLOAD = "overload"  # too many for the provider, whoever they are
+    PERMANENT = "permanent"  # this request, or this key, will not do there
+    TRUNCATED = "truncated"  # an answer without its end
+    BAD_OUTPUT = "bad_output"  # an answer that can't be used
+    UNKNOWN_OUTCOME = "unknown_outcome"  # nobody knows whether it was answered, and billed
+    TRANSPORT = "transport"  # no connection: nothing was sent
+    SERVER_ERROR = "server_error"  # the provider says that it failed
+    NOT_CALLED = "not_called"  # ours: the breaker is open, or the retry budget used up
+
+
+KEY_STOP_S = 300.0
+"""How long a deployment whose key is used up is left alone; then one call looks again."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
     """A verdict with what it needs to be carried out.
 
     Attributes:
         otherwise: The verdict where there is no other deployment or model left to try; never NEXT.
+        kind: What kind of failure it was.
+        stops_key: True if every other call with the same key would fail alike: its deployment is
+            to be left alone for `KEY_STOP_S`, and somebody has to be told.
         retry_after_s: Seconds that the provider told us to wait, if it did.
     """
 
     verdict: Verdict
     otherwise: Verdict
+    kind: FailureKind
+    stops_key: bool = False
     retry_after_s: float | None = None
 
 
-_Pair = tuple[Verdict, Verdict]
-_RETRY: _Pair = (Verdict.RETRY, Verdict.RETRY)
-_DEFER: _Pair = (Verdict.DEFER, Verdict.DEFER)
-_NEXT_OR_RETRY: _Pair = (Verdict.NEXT, Verdict.RETRY)
-_NEXT_OR_FINAL: _Pair = (Verdict.NEXT, Verdict.FINAL)
-_FINAL: _Pair = (Verdict.FINAL, Verdict.FINAL)
+def _rule(
+    kind: FailureKind, verdict: Verdict, otherwise: Verdict, *, stops_key: bool = False
+) -> Judgement:
+    return Judgement(verdict=verdict, otherwise=otherwise, kind=kind, stops_key=stops_key)
 
 
-def _table(*rows: tuple[_Pair, Iterable[str]]) -> dict[str, _Pair]:
-    return {code: pair for pair, codes in rows for code in codes}
+_RATE_LIMIT = _rule(FailureKind.RATE_LIMIT, Verdict.DEFER, Verdict.DEFER)
+_OVERLOAD = _rule(FailureKind.OVERLOAD, Verdict.DEFER, Verdict.DEFER)
+# A job whose only key is used up waits until its deadline: somebody may pay the bill before.
+_QUOTA = _rule(FailureKind.QUOTA, Verdict.NEXT, Verdict.DEFER, stops_key=True)
+_TRANSPORT = _rule(FailureKind.TRANSPORT, Verdict.NEXT, Verdict.RETRY)
+_NOT_HERE = _rule(FailureKind.PERMANENT, Verdict.NEXT, Verdict.FINAL)
+_NOWHERE = _rule(FailureKind.PERMANENT, Verdict.FINAL, Verdict.FINAL)
+_TRUNCATED = _rule(FailureKind.TRUNCATED, Verdict.RETRY, Verdict.RETRY)
+_BAD_OUTPUT = _rule(FailureKind.BAD_OUTPUT, Verdict.RETRY, Verdict.RETRY)
+_TOO_LONG = _rule(FailureKind.BAD_OUTPUT, Verdict.FINAL, Verdict.FINAL)
+_UNKNOWN = _rule(FailureKind.UNKNOWN_OUTCOME, Verdict.RETRY, Verdict.RETRY)
+_SERVER_ERROR = _rule(FailureKind.SERVER_ERROR, Verdict.RETRY, Verdict.RETRY)
+_NOT_CALLED = _rule(FailureKind.NOT_CALLED, Verdict.NEXT, Verdict.DEFER)
+
+
+def _table(*rows: tuple[Judgement, Iterable[str]]) -> dict[str, Judgement]:
+    return {code: rule for rule, codes in rows for code in codes}
 
 
 # Codes come lower-cased. Ours are marked; the others are OpenAI's, Anthropic's, Google's,
-# llama.cpp's, vLLM's, TGI's and OpenRouter's. Vague ones ("invalid_request_error", "server_error")
-# are left out: their status says more.
+# llama.cpp's, vLLM's, TGI's, OpenRouter's, Moonshot's and Alibaba's. Vague ones
+# ("invalid_request_error", "server_error") are left out: their status says more.
 _BY_CODE = _table(
     (
-        _DEFER,
+        _RATE_LIMIT,
         (
             "rate_limit_exceeded",
             "rate_limit_error",
             "rate_limited",
             "rate_limit",
+            "rate_limit_reached_error",
             "too_many_requests",
             "resource_exhausted",
             "requests",
             "tokens",
+            "slow_down",
+        ),
+    ),
+    (
+        _OVERLOAD,
+        (
             "overloaded",
             "overloaded_error",
             "engine_overloaded",
+            "engine_overloaded_error",
             "model_overloaded",
-            "slow_down",
             "unavailable",
             "unavailable_error",
             "service_unavailable",
         ),
     ),
     (
-        _NEXT_OR_RETRY,
+        _QUOTA,
+        (
+            "insufficient_quota",
+            "billing_hard_limit_reached",
+            "billing_not_active",
+            "billing_error",
+            "exceeded_current_quota_error",
+            "insufficient_balance",
+            "insufficient_credits",
+            "credit_limit",
+            "payment_required",
+            "arrearage",
+        ),
+    ),
+    (
+        _TRANSPORT,
         ("connect_error",),  # ours
     ),
     (
-        _NEXT_OR_FINAL,
+        _NOT_HERE,
         (
             "unsupported",  # ours
             "context_length_exceeded",  # ours, too
             "exceed_context_size_error",
             "string_above_max_length",
-            "request_too_large",
-            "insufficient_quota",
-            "billing_hard_limit_reached",
-            "billing_not_active",
-            "billing_error",
-            "invalid_api_key",
+            "request_too_large",  # ours, too
+            "invalid_api_key",  # ours, too
             "authentication_error",
             "permission_error",
             "permission_denied",
@@ -98,40 +153,56 @@ _BY_CODE = _table(
         ),
     ),
     (
-        _FINAL,
+        _NOWHERE,
         (
             "content_filter",
             "content_policy_violation",
             "responsibleaipolicyviolation",
             "invalid_prompt",
-            "response_too_large",  # ours: it would be as long the next time
         ),
     ),
     (
-        _RETRY,
+        _TOO_LONG,
+        ("response_too_large",),  # ours: it would be as long the next time
+    ),
+    (
+        _TRUNCATED,
+        ("truncated",),  # ours
+    ),
+    (
+        _BAD_OUTPUT,
+        ("bad_response",),  # ours
+    ),
+    (
+        _UNKNOWN,
         (
-            "truncated",  # ours, as the next three
-            "bad_response",
-            "timeout",
+            "timeout",  # ours, as the next
             "connection_lost",
-            "internal",
             "timeout_error",
             "deadline_exceeded",
         ),
     ),
+    (
+        _SERVER_ERROR,
+        ("internal",),
+    ),
+    (
+        _NOT_CALLED,
+        ("circuit_open", "key_stopped", "retry_budget"),  # ours
+    ),
 )
 _BY_STATUS = {
-    401: _NEXT_OR_FINAL,
-    402: _NEXT_OR_FINAL,
-    403: _NEXT_OR_FINAL,
-    404: _NEXT_OR_FINAL,
-    408: _RETRY,
-    409: _RETRY,
-    413: _NEXT_OR_FINAL,
-    425: _RETRY,
-    429: _DEFER,
-    503: _DEFER,
-    529: _DEFER,
+    401: _NOT_HERE,
+    402: _QUOTA,
+    403: _NOT_HERE,
+    404: _NOT_HERE,
+    408: _UNKNOWN,
+    409: _SERVER_ERROR,
+    413: _NOT_HERE,
+    425: _SERVER_ERROR,
+    429: _RATE_LIMIT,
+    503: _OVERLOAD,
+    529: _OVERLOAD,
 }
 _MAX_DOUBLINGS = 32
 
@@ -143,8 +214,33 @@ def classify(error: ProviderError) -> Judgement:
         >>> classify(ProviderError(code="http_503", status=503)).verdict
         <Verdict.DEFER: 'defer'>
     """
-    pair = _BY_CODE.get(error.code) or _of_status(error.status)
-    return Judgement(verdict=pair[0], otherwise=pair[1], retry_after_s=error.retry_after_s)
+    rule = _BY_CODE.get(error.code) or _of_status(error)
+    if error.unknown_outcome and rule.otherwise is Verdict.DEFER:
+        # A refusal in mid-answer: a part of it may be billed, so it counts.
+        verdict = Verdict.RETRY if rule.verdict is Verdict.DEFER else rule.verdict
+        rule = dataclasses.replace(rule, verdict=verdict, otherwise=Verdict.RETRY)
+    if error.retry_after_s is None:
+        return rule
+    return dataclasses.replace(rule, retry_after_s=error.retry_after_s)
+
+
+_ILL = {
+    FailureKind.OVERLOAD,
+    FailureKind.TRUNCATED,
+    FailureKind.UNKNOWN_OUTCOME,
+    FailureKind.TRANSPORT,
+    FailureKind.SERVER_ERROR,
+}
+
+
+def speaks_of_health(judgement: Judgement) -> bool:
+    """True if such a failure says that the deployment is not well; a bad request does not."""
+    return judgement.kind in _ILL
+
+
+def is_telling(code: str) -> bool:
+    """True if this code, in lower case, decides by itself what is to be done."""
+    return code in _BY_CODE
 
 
 def delay_s(
@@ -170,11 +266,12 @@ def delay_s(
     return random() * bound_ms / 1000 + (retry_after_s or 0.0)
 
 
-def _of_status(status: int | None) -> _Pair:
+def _of_status(error: ProviderError) -> Judgement:
     """What a status means by itself; a failure without one came before any answer."""
-    if status is None:
-        return _RETRY
-    known = _BY_STATUS.get(status)
+    status = error.status
+    known = None if status is None else _BY_STATUS.get(status)
     if known is not None:
         return known
-    return _FINAL if 300 <= status < 500 else _RETRY  # noqa: PLR2004 - HTTP's numbers
+    if status is not None and 300 <= status < 500:  # noqa: PLR2004 - HTTP's numbers
+        return _NOWHERE
+    return _UNKNOWN if error.unknown_outcome else _SERVER_ERROR

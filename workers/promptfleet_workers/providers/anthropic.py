@@ -9,6 +9,7 @@ from typing import Any
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Deployment
 from promptfleet_shared.jobs import JobKind, Usage
+from promptfleet_workers.providers.anthropic_stream import MessageAssembly
 from promptfleet_workers.providers.http import Endpoint, HttpClient
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.providers.responses import (
@@ -23,6 +24,7 @@ from promptfleet_workers.providers.responses import (
     truncated,
     write_json,
 )
+from promptfleet_workers.providers.streams import read_streamed
 
 API_VERSION = "2023-06-01"
 DEFAULT_MAX_TOKENS = 4096
@@ -70,9 +72,20 @@ class AnthropicProvider:
         if call.kind is not JobKind.CHAT:
             raise unsupported(f"kind {call.kind.value}")
         (request,) = call.requests
-        body = write_json({"model": call.model, **translate(read_json(request.encode()))})
+        fields = {"model": call.model, **translate(read_json(request.encode()))}
+        if call.stream:
+            return [await self._streamed(call, write_json({**fields, "stream": True}))]
+        body = write_json(fields)
         response = await self._client.post(self._endpoint, body, call.timeouts)
         return [_completion(call, read_answer(response), response.body)]
+
+    async def _streamed(self, call: Call, body: bytes) -> Completion:
+        """The same by way of an event stream."""
+        assembly = MessageAssembly(on_text=call.on_text)
+        data, response = await read_streamed(
+            self._client, self._endpoint, body, call.timeouts, assembly
+        )
+        return _completion(call, data, response)
 
     async def aclose(self) -> None:
         """Nothing to give back: the client belongs to whoever made it."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import zlib
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
 
 import aiohttp
 import httpx
@@ -21,9 +20,17 @@ from multidict import CIMultiDict
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import TimeoutOptions
 from promptfleet_workers.alarms import Alarms, this_task
+from promptfleet_workers.providers.inflating import Inflater
 
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 """A longer response is refused while it comes, so that no provider can fill our memory."""
+MAX_STREAM_BYTES = 512 * 1024 * 1024
+"""The same for an event stream, which is some hundred bytes a token and is not kept."""
+LINGER_S = 0.25
+"""How long a stream may stay open after its last event; a connection that ends is used again."""
+
+Take: TypeAlias = Callable[[bytes], bool]
+"""Takes the next piece of an event stream; true once it was the last that matters."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,9 +67,9 @@ class Endpoint:
         """Prepare `url` and `headers`."""
         self._url = httpx.URL(url)
         # aiohttp takes its own kind of headers as they are and converts any other, item by item.
-        self._headers = cast(
-            "httpx.Headers", CIMultiDict({"content-type": "application/json", **_lower(headers)})
-        )
+        # What encodings it asks for by itself depends on what is installed: some we can't read.
+        ours = {"content-type": "application/json", "accept-encoding": "gzip, deflate"}
+        self._headers = cast("httpx.Headers", CIMultiDict({**ours, **_lower(headers)}))
 
     def request(self, body: bytes, extensions: dict[str, Any]) -> httpx.Request:
         """A POST of `body`."""
@@ -82,12 +89,22 @@ class HttpClient:
         self._transport = AiohttpTransport(client=session)
         self._alarms = Alarms()
 
-    async def post(self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions) -> HttpResponse:
+    async def post(
+        self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions, take: Take | None = None
+    ) -> HttpResponse:
         """Send `body` and read the whole response; the total time is the caller's to bound.
+
+        Args:
+            endpoint: Where to.
+            body: What to send.
+            timeouts: Of these, the connection's, the first byte's and the idle one.
+            take: Given the pieces of an event stream as they come, decoded; such a response has
+                no body afterwards. Whatever is no event stream is read whole.
 
         Raises:
             ProviderError: Nothing or not everything came back: `connect_error` (nothing was sent),
-                `timeout`, `connection_lost` or `response_too_large` (the outcome is unknown).
+                `timeout`, `connection_lost` or `response_too_large` (the outcome is unknown). Also
+                whatever `take` raises.
         """
         extensions = {"timeout": {"connect": timeouts.connect_timeout_ms / 1000}}
         loop = self._alarms.loop
@@ -96,7 +113,11 @@ class HttpClient:
         try:
             request = endpoint.request(body, extensions)
             response = await self._transport.handle_async_request(request)
-            received = await self._read(task, response, timeouts.idle_timeout_ms / 1000)
+            idle_s = timeouts.idle_timeout_ms / 1000
+            if take is not None and _is_event_stream(response):
+                await self._pass_on(task, response, idle_s, take)
+                return HttpResponse(response.status_code, response.headers, b"")
+            received = await self._read(task, response, idle_s)
             return HttpResponse(response.status_code, response.headers, received)
         except asyncio.CancelledError:
             if not self._alarms.went_off(task):
@@ -134,6 +155,37 @@ class HttpClient:
         encoding = _encoding(response)
         return body if encoding == "identity" else _decompressed(body, encoding)
 
+    async def _pass_on(
+        self, task: asyncio.Task[Any], response: httpx.Response, idle_s: float, take: Take
+    ) -> None:
+        """Give each piece to `take`, until the stream ends or lingers after its last event."""
+        inflater = _inflater(_encoding(response))
+        stream = cast("httpx.AsyncByteStream", response.stream)
+        size = 0
+        is_over = False
+        clock = self._alarms.loop.time
+        self._alarms.set(task, clock() + idle_s)
+        try:
+            async for piece in stream:
+                if is_over:
+                    continue  # what comes after the last event matters to nobody
+                self._alarms.set(task, clock() + idle_s)
+                for plain in (piece,) if inflater is None else inflater.feed(piece):
+                    size += len(plain)
+                    if size > MAX_STREAM_BYTES:
+                        raise _too_large(MAX_STREAM_BYTES)
+                    is_over = is_over or take(plain)
+                if is_over:
+                    self._alarms.set(task, clock() + LINGER_S)
+        except asyncio.CancelledError:
+            if not is_over or not self._alarms.went_off(task):
+                raise
+        except (httpx.TransportError, aiohttp.ClientError, OSError):
+            if not is_over:
+                raise
+        finally:
+            await stream.aclose()
+
 
 def _lower(headers: Mapping[str, str]) -> dict[str, str]:
     """Headers by lower-case names, so that those of a configuration replace ours."""
@@ -148,27 +200,44 @@ def _encoding(response: httpx.Response) -> str:
     return "identity"
 
 
+def _is_event_stream(response: httpx.Response) -> bool:
+    """True for a success that may be one; not every server names the type rightly."""
+    if not 200 <= response.status_code < 300:  # noqa: PLR2004 - HTTP's numbers
+        return False
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind not in {"application/json", "text/html"}
+
+
+def _inflater(encoding: str) -> Inflater | None:
+    """What undoes the encoding; None where there is none."""
+    if encoding == "identity":
+        return None
+    if encoding not in {"gzip", "x-gzip", "deflate"}:
+        message = "the response is encoded in a way that was not asked for"
+        raise ProviderError(message, code="bad_response", unknown_outcome=True)
+    return Inflater(is_deflate=encoding == "deflate")
+
+
 def _decompressed(body: bytes, encoding: str) -> bytes:
     """The body of a compressed response: no longer than the cap, however small it came."""
-    if encoding not in {"gzip", "deflate"}:
-        message = f"the response is encoded as {encoding!r}, which was not asked for"
-        raise ProviderError(message, code="bad_response", unknown_outcome=True)
-    inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    try:
-        plain = inflate.decompress(body, MAX_RESPONSE_BYTES + 1)
-    except zlib.error:
-        message = "the compressed response is damaged"
-        raise ProviderError(message, code="bad_response", unknown_outcome=True) from None
-    if len(plain) > MAX_RESPONSE_BYTES:
-        raise _too_large()
-    if not inflate.eof:
+    inflater = _inflater(encoding)
+    if inflater is None:
+        return body
+    pieces = []
+    size = 0
+    for piece in inflater.feed(body):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_RESPONSE_BYTES:
+            raise _too_large()
+    if not inflater.is_whole:
         message = "the compressed response ends too early"
         raise ProviderError(message, code="connection_lost", unknown_outcome=True)
-    return plain
+    return b"".join(pieces)
 
 
-def _too_large() -> ProviderError:
-    message = f"the response is longer than {MAX_RESPONSE_BYTES} bytes"
+def _too_large(limit: int | None = None) -> ProviderError:
+    message = f"the response is longer than {limit or MAX_RESPONSE_BYTES} bytes"
     return ProviderError(message, code="response_too_large", unknown_outcome=True)
 
 

@@ -11,6 +11,7 @@ from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Deployment
 from promptfleet_shared.jobs import JobKind, Usage
 from promptfleet_workers.providers.http import Endpoint, HttpClient
+from promptfleet_workers.providers.openai_stream import ChunkAssembly
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.providers.responses import (
     TOKENS_MAX,
@@ -20,12 +21,14 @@ from promptfleet_workers.providers.responses import (
     name,
     read_answer,
     read_json,
+    response_json,
     storable,
     tokens,
     truncated,
     write_json,
 )
 from promptfleet_workers.providers.shares import allocate_usage
+from promptfleet_workers.providers.streams import read_streamed
 
 _PATHS = {
     JobKind.CHAT: "/chat/completions",
@@ -34,6 +37,9 @@ _PATHS = {
 }
 _LISTED = {JobKind.COMPLETION: "prompt", JobKind.EMBEDDING: "input"}
 _OK = 200
+_STREAM = '"stream":true,"stream_options":{"include_usage":true},'
+# What vLLM, OpenRouter and others call the end of an answer that came to no end.
+_BROKEN_OFF = frozenset({"abort", "aborted", "error"})
 _Json = dict[str, Any]
 
 
@@ -59,11 +65,12 @@ class OpenAIProvider:
         Raises:
             ProviderError: The call failed as a whole.
         """
+        if call.stream and call.kind is not JobKind.EMBEDDING:
+            return await self._streamed(call)
         if len(call.requests) == 1:
-            # The stored request lacks nothing but the model: splicing saves reading and writing it.
-            model = orjson.dumps(call.model).decode()
-            body = f'{{"model":{model},{call.requests[0][1:]}'.encode()
-            response = await self._client.post(self._endpoints[call.kind], body, call.timeouts)
+            response = await self._client.post(
+                self._endpoints[call.kind], _body(call), call.timeouts
+            )
             data = read_answer(response)
             if call.kind is JobKind.EMBEDDING:
                 return [_embedding(call, data, response.body)]
@@ -72,8 +79,32 @@ class OpenAIProvider:
         response = await self._client.post(self._endpoints[call.kind], listed, call.timeouts)
         return _shares(call, read_answer(response), counts)
 
+    async def _streamed(self, call: Call) -> list[Answer]:
+        """The same by way of an event stream."""
+        counts = None
+        if len(call.requests) == 1:
+            body = _body(call)
+        else:
+            body, counts = _list_body(call)
+        body = b"{" + _STREAM.encode() + body[1:]
+        assembly = ChunkAssembly(
+            is_chat=call.kind is JobKind.CHAT, on_text=call.on_text if counts is None else None
+        )
+        data, response = await read_streamed(
+            self._client, self._endpoints[call.kind], body, call.timeouts, assembly
+        )
+        if counts is None:
+            return [_completion(call, data, response)]
+        return _shares(call, data, counts)
+
     async def aclose(self) -> None:
         """Nothing to give back: the client belongs to whoever made it."""
+
+
+def _body(call: Call) -> bytes:
+    """The stored request lacks nothing but the model: splicing saves reading and writing it."""
+    model = orjson.dumps(call.model).decode()
+    return f'{{"model":{model},{call.requests[0][1:]}'.encode()
 
 
 def _completion(call: Call, data: _Json, body: bytes) -> Completion:
@@ -100,7 +131,7 @@ def _read_choice(choice: _Json) -> tuple[str | None, str]:
     if choice.get("error"):
         raise failure(choice, _OK)  # OpenRouter: the failure of what is behind it
     finish_reason = name(choice.get("finish_reason"))
-    if finish_reason is None:
+    if finish_reason is None or finish_reason in _BROKEN_OFF:
         raise truncated()
     message = choice.get("message")
     content = message.get("content") if type(message) is dict else choice.get("text")
@@ -168,7 +199,8 @@ def _shares(call: Call, data: _Json, counts: Sequence[int]) -> list[Answer]:
             answers.append(facts)
             continue
         text, finish_reason, _ = facts
-        response = b"".join((head, write_json(group), b',"usage":', _usage_json(call, usage), b"}"))
+        choices = response_json(group)
+        response = b"".join((head, choices, b',"usage":', _usage_json(call, usage), b"}"))
         answers.append(
             Completion(
                 text=text,
@@ -225,7 +257,7 @@ def _head(data: _Json, key: str) -> bytes:
     """The answer's other fields, up to where `key`'s list begins."""
     others = {name: data[name] for name in data if name not in {key, "usage"}}
     others.setdefault("object", "list" if key == "data" else "text_completion")
-    return write_json(others)[:-1] + f',"{key}":'.encode()
+    return response_json(others)[:-1] + f',"{key}":'.encode()
 
 
 def _usage_json(call: Call, usage: Usage) -> bytes:

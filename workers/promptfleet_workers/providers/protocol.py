@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from promptfleet_shared.errors import ProviderError
@@ -20,6 +20,9 @@ class Call:
             `messages`, `prompt` or `input` and parameters, keys sorted, no `model`. Many only if
             they differ in nothing but `prompt` or `input`.
         input_tokens: Our estimate for each of them.
+        stream: True to ask for chats and completions as event streams: a dead call is noticed
+            after `idle_timeout_ms`. The answer is the same.
+        on_text: Hears a stream's text (that of the first choice) as it comes; must not block.
     """
 
     kind: JobKind
@@ -27,6 +30,8 @@ class Call:
     requests: Sequence[str]
     input_tokens: Sequence[int]
     timeouts: TimeoutOptions
+    stream: bool = False
+    on_text: Callable[[str], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +40,8 @@ class Completion:
 
     Attributes:
         text: The answer; None where there is none to read (tool calls, embeddings).
-        response: The response's JSON as it came, or this request's share of it.
+        response: The response's JSON as it came, or this request's share of it; of a stream, the
+            JSON that would have come without streaming.
         finish_reason: As the provider names it; never empty for a whole text.
         model: The model that answered, as the provider names it.
     """

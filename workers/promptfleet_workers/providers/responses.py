@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import email.utils
 import json
-import math
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,24 +11,67 @@ import orjson
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_workers.providers.http import HttpResponse
+from promptfleet_workers.providers.waits import told_s
+from promptfleet_workers.retries import is_telling
 
 TOKENS_MAX = 2**31 - 1
 """What Postgres' integer holds; no real call comes near it."""
 
-_SHORT_CODE = re.compile(r"[a-z0-9_.-]{1,64}")
 _NAME_MAX = 200
-_RETRY_AFTER_MAX_S = 7 * 86_400.0
 # Behind these statuses of gateways and proxies the model may well have answered.
 _UNKNOWN_OUTCOME = frozenset({408, 499, 502, 504, 520, 524})
-# Where a code says no more than "bad request", these phrases of common servers say what is bad.
-_CONTEXT_PHRASES = (
-    "context length",
-    "context window",
-    "context size",
-    "prompt is too long",
-    "too many tokens",
+# Codes that decide nothing, and yet are worth showing. No other text of a body is ever shown: it
+# could be a part of a prompt.
+_VAGUE_CODES = frozenset(
+    {
+        "api_error",
+        "bad_request",
+        "badrequesterror",
+        "conflict_error",
+        "error",
+        "failed_precondition",
+        "generation",
+        "incomplete_generation",
+        "internal_error",
+        "internal_server_error",
+        "internalservererror",
+        "invalid_argument",
+        "invalid_request_error",
+        "invalid_type",
+        "invalid_value",
+        "missing_required_parameter",
+        "notfounderror",
+        "processing_error",
+        "server_error",
+        "servererror",
+        "unknown_error",
+        "unknown_parameter",
+        "unprocessable_entity_error",
+        "unsupported_parameter",
+        "unsupported_value",
+        "validation",
+    }
 )
-_VAGUE_CODES = frozenset({"400", "badrequesterror", "bad_request", "invalid_request_error"})
+# Where a code says no more than "bad request", these phrases of common servers say what is bad.
+_PHRASES = (
+    ("context length", "context_length_exceeded"),
+    ("context window", "context_length_exceeded"),
+    ("context size", "context_length_exceeded"),
+    ("prompt is too long", "context_length_exceeded"),
+    ("too many tokens", "context_length_exceeded"),
+    ("`max_new_tokens` must be <=", "context_length_exceeded"),
+    ("credit balance is too low", "insufficient_quota"),
+    ("exceeded your current quota", "insufficient_quota"),
+    ("used all available credits", "insufficient_quota"),
+    ("monthly spending limit", "insufficient_quota"),
+    ("insufficient balance", "insufficient_quota"),
+    ("insufficient credits", "insufficient_quota"),
+    ("api key not valid", "invalid_api_key"),
+    ("invalid api key", "invalid_api_key"),
+    ("incorrect api key", "invalid_api_key"),
+)
+_TOO_LARGE = "request too large for"
+_TOO_FAST = frozenset({"rate_limit_exceeded", "tokens"})
 
 
 def read_json(body: bytes) -> Any:
@@ -61,6 +101,18 @@ def write_json(value: Any) -> bytes:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
+def response_json(value: Any) -> bytes:
+    """An answer that was put together here.
+
+    Raises:
+        ProviderError: `bad_response`: it is nested too deeply, or holds a number that is none.
+    """
+    try:
+        return write_json(value)
+    except (ValueError, RecursionError):
+        raise bad_response("the answer can't be written as JSON") from None
+
+
 def read_answer(response: HttpResponse) -> dict[str, Any]:
     """The decoded body of a success.
 
@@ -80,20 +132,35 @@ def read_answer(response: HttpResponse) -> dict[str, Any]:
     return data
 
 
-def failure(data: Any, status: int, headers: Mapping[str, str] | None = None) -> ProviderError:
-    """The failure that a response tells of: by its body first, by its status second."""
+def failure(
+    data: Any,
+    status: int,
+    headers: Mapping[str, str] | None = None,
+    *,
+    has_begun: bool = False,
+) -> ProviderError:
+    """The failure that a response tells of: by its body first, by its status second.
+
+    Args:
+        data: The decoded body, or whatever there is in its place.
+        status: The response's; a body's own status wins.
+        headers: The response's.
+        has_begun: True if a part of the answer came before, which may be billed.
+    """
     error = _error_of(data)
     what = f"the provider refused the request with status {status}"
     if status < 300:  # noqa: PLR2004 - HTTP's numbers
         what = "the provider's answer tells of an error"
+    elif not error and isinstance(data, dict):
+        error = data  # some gateways' bodies are the error itself
     status = _status_of(error) or status
     code = _code_of(error) or f"http_{status}"
     return ProviderError(
         f"{what} ({code})",
         code=code,
         status=status,
-        retry_after_s=None if headers is None else retry_after_s(headers, time.time()),
-        unknown_outcome=status in _UNKNOWN_OUTCOME,
+        retry_after_s=told_s(status, headers or {}, error, time.time()),
+        unknown_outcome=has_begun or status in _UNKNOWN_OUTCOME,
     )
 
 
@@ -106,28 +173,6 @@ def truncated(status: int | None = None) -> ProviderError:
     """An answer without the mark of its end."""
     message = "the answer ends without a finish reason"
     return ProviderError(message, code="truncated", status=status, unknown_outcome=True)
-
-
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the provider asks us to wait, a week at most; None if it does not say.
-
-    `retry-after-ms` is OpenAI's; `retry-after` is RFC 9110's, in seconds or as a date, which is
-    read against the response's own date where there is one, so that our clock does not matter.
-
-    Example:
-        >>> retry_after_s({"retry-after-ms": "1500"}, now=0)
-        1.5
-    """
-    milliseconds = _finite(headers.get("retry-after-ms"))
-    if milliseconds is not None:
-        return min(milliseconds / 1000, _RETRY_AFTER_MAX_S)
-    text = headers.get("retry-after")
-    seconds = _finite(text)
-    if seconds is None and text is not None:
-        at = _timestamp(text)
-        sent = _timestamp(headers.get("date", ""))
-        seconds = None if at is None else max(0.0, at - (now if sent is None else sent))
-    return None if seconds is None else min(seconds, _RETRY_AFTER_MAX_S)
 
 
 def tokens(value: object) -> int:
@@ -186,28 +231,21 @@ def _status_of(error: dict[str, Any]) -> int | None:
 
 
 def _code_of(error: dict[str, Any]) -> str | None:
-    """The error's own short code; nothing that could be a sentence, and so hold a prompt."""
-    candidates = (error.get("code"), error.get("type"), error.get("status"))
-    codes = [c.lower() for c in candidates if isinstance(c, str)]
-    code = next((c for c in codes if _SHORT_CODE.fullmatch(c)), None)
+    """The error's own code, if it is a known one: anything else could be a part of a prompt."""
+    codes = [code.lower() for code in _codes(error) if isinstance(code, str)]
     message = error.get("message")
-    if (code is None or code in _VAGUE_CODES) and isinstance(message, str):
-        start = message[:1000].lower()
-        if any(phrase in start for phrase in _CONTEXT_PHRASES):
-            return "context_length_exceeded"
-    return code
+    start = message[:1000].lower() if isinstance(message, str) else ""
+    telling = next((code for code in codes if is_telling(code)), None)
+    if telling is not None:
+        # More tokens than a whole minute's limit: no waiting helps.
+        is_hopeless = telling in _TOO_FAST and _TOO_LARGE in start
+        return "request_too_large" if is_hopeless else telling
+    meant = next((code for phrase, code in _PHRASES if phrase in start), None)
+    return meant or next((code for code in codes if code in _VAGUE_CODES), None)
 
 
-def _finite(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and number >= 0 else None
-
-
-def _timestamp(text: str) -> float | None:
-    try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
+def _codes(error: dict[str, Any]) -> list[Any]:
+    """Where the providers put their codes; Azure's reason for a refusal is an inner one."""
+    inner = error.get("innererror")
+    inner_code = inner.get("code") if isinstance(inner, dict) else None
+    return [error.get("code"), error.get("type"), error.get("status"), inner_code]

@@ -68,7 +68,7 @@ class Answer:
 
     text: str
     tokens: int
-    finish: str  # OpenAI's word: stop, length, ...
+    finish: str | None  # OpenAI's word: stop, length, ...; None for an answer that is cut
 
 
 @dataclass(slots=True, kw_only=True)

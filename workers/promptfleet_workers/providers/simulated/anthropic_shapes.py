@@ -84,9 +84,13 @@ class Messages:
         kind = _ERROR_TYPES.get(rejected.status, "api_error")
         return orjson.dumps({"type": "error", "error": {"type": kind, "message": rejected.message}})
 
+    def error_event(self, rejected: Rejected) -> bytes:
+        """An error in the middle of a stream."""
+        return b"event: error\ndata: %b\n\n" % self.error_payload(rejected)
 
-def _stop_reason(finish: str) -> str:
-    return _STOP_REASONS.get(finish, finish)
+
+def _stop_reason(finish: str | None) -> str | None:
+    return None if finish is None else _STOP_REASONS.get(finish, finish)
 
 
 def _message(

@@ -28,6 +28,7 @@ class Ending(enum.Enum):
     CLOSE = enum.auto()
     ABORT = enum.auto()  # a TCP reset: the client sees a broken connection
     HANG = enum.auto()  # nothing more comes until the client leaves
+    REPEAT = enum.auto()  # the last write comes again and again until the client leaves
 
 
 # Request and Reply are made for every request: not frozen, which would double their cost.
@@ -203,6 +204,8 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The client has caught up."""
         self._write_paused = False
+        if self._reply is not None and self._reply.ending is Ending.REPEAT:
+            self._repeat(self._reply)
         self._serve()
 
     # -- httptools' callbacks
@@ -313,11 +316,19 @@ class Connection(asyncio.Protocol):
     def _end(self, reply: Reply) -> None:
         if reply.ending is Ending.HANG:
             return
+        if reply.ending is Ending.REPEAT:
+            self._repeat(reply)
+            return
         if reply.ending is Ending.ABORT:
             self._transport.abort()
         elif reply.ending is Ending.CLOSE:
             self._transport.close()
         self._end_reply(completed=True)
+
+    def _repeat(self, reply: Reply) -> None:
+        """Fill what the connection takes; it asks for more when the client has read."""
+        while not self._write_paused and not self._transport.is_closing():
+            self._transport.write(reply.steps[-1][1])
 
     def _end_reply(self, *, completed: bool) -> None:
         reply, self._reply = self._reply, None

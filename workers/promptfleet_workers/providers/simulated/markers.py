@@ -3,9 +3,16 @@
 `[[sim:status=429,retry-after-ms=200,times=2]]` fails the first two calls of that exact prompt with
 429 and answers the third. Several markers add up. Keys:
 
-- a failure, one of: `status=N` (400 to 599; with `code=…` and `retry-after-ms=N`), `hang` (no
-  answer ever), `disconnect` (a TCP reset), `truncate` (half an answer, then the end), `html` (an
-  error page of a gateway; `status=200` for one that claims success), `slow` (the answer trickles);
+- a failure, one of:
+  `status=N` (400 to 599; with `code=…` and `retry-after-ms=N`), `quota` (the account is used up),
+  `overload`, `html` (an error page of a gateway; `status=200` for one that claims success),
+  `error-body` (a success that tells of an error: `status=N` and `code=…` are the body's),
+  `error-event` (the same after half of a stream);
+  `hang` (no answer ever), `disconnect` (a TCP reset), `slow` (the answer trickles), `drip` (a byte
+  at a time, with a pause of `drip_ms`), `endless` (the body never ends);
+  after half of the answer: `truncate` (the end of the connection), `stall` (nothing more comes),
+  `reset` (a TCP reset); `cut` (well-formed, without a finish reason);
+  `bad-utf8`, `nul`, `surrogate` (the answer has one in it), `bomb` (64 MiB of gzip);
 - `times=N`: the failure ends after N calls of that prompt; without it, never;
 - `latency-ms=N`, `output-tokens=N`, `finish=REASON`;
 - `text=…`: the answer itself; it takes the rest of its marker, commas included.
@@ -33,11 +40,24 @@ class FaultKind(enum.StrEnum):
     TRUNCATE = "truncate"
     HTML = "html"
     SLOW = "slow"
+    QUOTA = "quota"
+    OVERLOAD = "overload"
+    ERROR_BODY = "error-body"
+    ERROR_EVENT = "error-event"
+    DRIP = "drip"
+    ENDLESS = "endless"
+    STALL = "stall"
+    RESET = "reset"
+    CUT = "cut"
+    BAD_UTF8 = "bad-utf8"
+    NUL = "nul"
+    SURROGATE = "surrogate"
+    BOMB = "bomb"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """One failure; `status`, `code` and `retry_after_ms` matter to STATUS (and HTML) only."""
+    """One failure; `status`, `code` and `retry_after_ms` matter to those that tell of errors."""
 
     kind: FaultKind
     status: int = 0
@@ -78,14 +98,8 @@ _VALUES: dict[str, Callable[[str], Any]] = {
     "code": str,
     "text": str,
 }
-_FLAGS = {
-    "hang": FaultKind.TIMEOUT,
-    "timeout": FaultKind.TIMEOUT,
-    "disconnect": FaultKind.DISCONNECT,
-    "truncate": FaultKind.TRUNCATE,
-    "html": FaultKind.HTML,
-    "slow": FaultKind.SLOW,
-}
+_FLAGS = {kind.value: kind for kind in FaultKind if kind is not FaultKind.STATUS}
+_FLAGS["hang"] = FaultKind.TIMEOUT
 
 
 def read_markers(text: str) -> Directive | None:

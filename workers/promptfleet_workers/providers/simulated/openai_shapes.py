@@ -29,7 +29,7 @@ from .options import Options
 
 _DEFAULT_DIMENSIONS = 64
 _MAX_DIMENSIONS = 16_384
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
 def error_payload(rejected: Rejected) -> bytes:
@@ -44,6 +44,11 @@ def error_payload(rejected: Rejected) -> bytes:
             }
         }
     )
+
+
+def error_event(rejected: Rejected) -> bytes:
+    """OpenAI's error in the middle of a stream."""
+    return b"data: %b\n\n" % error_payload(rejected)
 
 
 class ChatCompletions:
@@ -92,10 +97,14 @@ class ChatCompletions:
             after.append(
                 _sse(_envelope(call, "chatcmpl", "chat.completion.chunk", [], _usage(call)))
             )
-        return before, tokens, [*after, _DONE]
+        return before, tokens, [*after, DONE]
 
     def _token(self, call: Call, index: int, piece: str) -> bytes:
         return self._event(call, index, {"content": piece}, None)
+
+    def error_event(self, rejected: Rejected) -> bytes:
+        """An error in the middle of a stream."""
+        return error_event(rejected)
 
     def _event(self, call: Call, index: int, delta: dict[str, str], finish: str | None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -137,7 +146,11 @@ class Completions:
             after.append(self._event(call, index, "", answer.finish))
         if call.include_usage:
             after.append(_sse(_envelope(call, "cmpl", "text_completion", [], _usage(call))))
-        return [], tokens, [*after, _DONE]
+        return [], tokens, [*after, DONE]
+
+    def error_event(self, rejected: Rejected) -> bytes:
+        """An error in the middle of a stream."""
+        return error_event(rejected)
 
     def _event(self, call: Call, index: int, text: str, finish: str | None = None) -> bytes:
         choice = _text_choice(index, text, finish)
@@ -172,6 +185,10 @@ class Embeddings:
     def events(self, call: Call) -> tuple[list[bytes], list[bytes], list[bytes]]:
         """Embeddings are never streamed; `read` does not set `stream`."""
         raise NotImplementedError(call)
+
+    def error_event(self, rejected: Rejected) -> bytes:
+        """Never asked for."""
+        return error_event(rejected)
 
     def _vector(self, call: Call, prompt: Prompt) -> list[float] | str:
         vector = embedding_of(prompt.text, call.dimensions)

@@ -81,6 +81,7 @@ class Options:
     seed: int = 0
     errors: Mix = ()
     slow_ms: float = 5000.0
+    drip_ms: float = 5000.0
     rpm: int = 0
     tpm: int = 0
     max_concurrent: int = 0
@@ -171,6 +172,7 @@ _PARSERS: dict[str, tuple[Callable[[object], Any], str]] = {
     "seed": (parse_count, "of the latency spread and the error mix"),
     "errors": (parse_errors, "fractions: 429:0.05,500:0.02,timeout:0.01 (also disconnect, ...)"),
     "slow_ms": (parse_number, "how long a 'slow' answer trickles (5000)"),
+    "drip_ms": (parse_number, "the pause between two bytes of a 'drip' answer (5000)"),
     "rpm": (parse_count, "requests admitted in any window"),
     "tpm": (parse_count, "tokens, of prompts and answers, admitted in any window"),
     "max_concurrent": (parse_count, "requests in progress"),

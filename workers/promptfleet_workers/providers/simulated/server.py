@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +14,11 @@ import orjson
 
 from .answers import Body, Call, Prompt, Rejected
 from .anthropic_shapes import Messages
+from .faults import FILLER, GATEWAY_PAGE, Blemished, Shape, bomb, refusal
 from .http import Ending, Reply, Request, response
 from .limits import RateLimits
 from .markers import Directive, Fault, FaultKind
-from .openai_shapes import ChatCompletions, Completions, Embeddings, error_payload
+from .openai_shapes import DONE, ChatCompletions, Completions, Embeddings, error_payload
 from .options import Options
 from .stats import Stats
 
@@ -25,13 +27,9 @@ _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"cache-control: no-cache\r\n%b\r\n"
 )
-_GATEWAY_PAGE = (
-    b"<html><head><title>Bad Gateway</title></head>"
-    b"<body><center><h1>Bad Gateway</h1></center><hr>simulated</body></html>"
-)
 _SLOW_PIECES = 10
-_TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 429: "requests"}
-_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+# What still is the whole answer, however long it takes.
+_WHOLE = frozenset({FaultKind.SLOW, FaultKind.DRIP, FaultKind.NUL, FaultKind.SURROGATE})
 
 
 class Endpoint(Protocol):
@@ -53,6 +51,10 @@ class Endpoint(Protocol):
 
     def error_payload(self, rejected: Rejected) -> bytes:
         """The body of an error reply."""
+        ...
+
+    def error_event(self, rejected: Rejected) -> bytes:
+        """An error in the middle of a stream."""
         ...
 
 
@@ -110,11 +112,11 @@ class SimulatedProvider:
             reply = self._good_reply(endpoint, request, call, delay_s)
         else:
             reply = self._faulty_reply(endpoint, request, call, delay_s, fault)
-        answered = fault is None or fault.kind is FaultKind.SLOW
+        answered = fault is None or fault.kind in _WHOLE
         if answered:
             self.stats.input_tokens += call.input_tokens
             self.stats.output_tokens += call.output_tokens
-        reply.on_end = partial(self._ended, call.prompts, answered)
+        reply.on_end = partial(self._ended, call, answered)
         return reply
 
     def _count(self, prompts: list[Prompt]) -> tuple[Directive | None, Prompt, int]:
@@ -149,19 +151,18 @@ class SimulatedProvider:
         seed = b"%b:%d:%d:" % (purpose, self.options.seed, nth)
         return int.from_bytes(hashlib.sha256(seed + digest).digest()[:6]) / 2**48
 
-    def _ended(self, prompts: list[Prompt], answered: bool, completed: bool) -> None:  # noqa: FBT001
+    def _ended(self, call: Call, answered: bool, completed: bool) -> None:  # noqa: FBT001
         self.stats.in_flight -= 1
         if not completed:
             self.stats.client_disconnects += 1
+            self.stats.stream_disconnects += call.stream
         if not (answered and completed):
-            for prompt in prompts:
+            for prompt in call.prompts:
                 self.stats.failed(prompt.digest)
 
     # -- replies
 
-    def _good_reply(
-        self, endpoint: Endpoint, request: Request, call: Call, delay_s: float
-    ) -> Reply:
+    def _good_reply(self, endpoint: Shape, request: Request, call: Call, delay_s: float) -> Reply:
         if call.stream:
             return self._stream_reply(endpoint, request, call, delay_s)
         options = self.options
@@ -172,48 +173,124 @@ class SimulatedProvider:
         payload = response(200, endpoint.payload(call), headers=self._headers(request))
         return Reply([(delay_s, payload)], _ending(request))
 
-    def _stream_reply(
-        self, endpoint: Endpoint, request: Request, call: Call, delay_s: float
-    ) -> Reply:
-        headers = self._headers(request)
-        if request.chunked:
-            headers += b"transfer-encoding: chunked\r\n"
-        head = _STREAM_HEAD % headers
+    def _stream_reply(self, endpoint: Shape, request: Request, call: Call, delay_s: float) -> Reply:
         before, tokens, after = endpoint.events(call)
-        frame = _chunk if request.chunked else bytes
+        frame, end, ending = self._framing(request)
+        head = self._stream_head(request)
         steps = [(delay_s, head + b"".join(map(frame, before)))]
         wait_s = self.options.first_token_ms / 1000
         for token in tokens:
             steps.append((wait_s, frame(token)))
             wait_s = 1 / self.options.tokens_per_s if self.options.tokens_per_s else 0.0
-        end = b"0\r\n\r\n" if request.chunked else b""
         steps.append((0.0, b"".join(map(frame, after)) + end))
-        steps = _joined(steps)
-        return Reply(steps, _ending(request) if request.chunked else Ending.CLOSE)
+        return Reply(_joined(steps), ending)
+
+    def _stream_head(self, request: Request) -> bytes:
+        headers = self._headers(request)
+        return _STREAM_HEAD % (
+            headers + b"transfer-encoding: chunked\r\n" if request.chunked else headers
+        )
+
+    def _framing(self, request: Request) -> tuple[Callable[[bytes], bytes], bytes, Ending]:
+        """How an event is written, what ends the body, and what becomes of the connection."""
+        if request.chunked:
+            return _chunk, b"0\r\n\r\n", _ending(request)
+        return bytes, b"", Ending.CLOSE
 
     def _faulty_reply(
         self, endpoint: Endpoint, request: Request, call: Call, delay_s: float, fault: Fault
     ) -> Reply:
-        self.stats.faults[fault.kind.value] += 1
-        match fault.kind:
-            case FaultKind.STATUS:
-                reply = self._rejection(request, _scripted(fault), endpoint.error_payload)
-                reply.steps = [(delay_s, reply.steps[0][1])]
-                return reply
-            case FaultKind.HTML:
-                headers = self._headers(request)
-                page = response(
-                    fault.status, _GATEWAY_PAGE, headers=headers, content_type=b"text/html"
-                )
-                self.stats.rejected[fault.status] += 1
-                return Reply([(delay_s, page)], _ending(request))
+        kind = fault.kind
+        self.stats.faults[kind.value] += 1
+        match kind:
+            case FaultKind.STATUS | FaultKind.QUOTA | FaultKind.OVERLOAD | FaultKind.HTML:
+                reply = self._refused(endpoint, request, delay_s, fault)
             case FaultKind.TIMEOUT:
-                return Reply([], Ending.HANG)
+                reply = Reply([], Ending.HANG)
             case FaultKind.DISCONNECT:
-                return Reply([(delay_s, b"")], Ending.ABORT)
-            case FaultKind.TRUNCATE | FaultKind.SLOW:
-                good = self._good_reply(endpoint, request, call, delay_s)
-                return _cut(good) if fault.kind is FaultKind.TRUNCATE else self._trickle(good)
+                reply = Reply([(delay_s, b"")], Ending.ABORT)
+            case FaultKind.ERROR_BODY | FaultKind.ERROR_EVENT:
+                reply = self._error_reply(endpoint, request, call, delay_s, fault)
+            case FaultKind.ENDLESS:
+                reply = self._odd_body(request, call, delay_s, FILLER, Ending.REPEAT)
+            case FaultKind.BOMB:
+                reply = self._odd_body(request, call, delay_s, bomb(), _ending(request))
+            case FaultKind.BAD_UTF8 | FaultKind.NUL | FaultKind.SURROGATE:
+                reply = self._good_reply(Blemished(endpoint, kind), request, call, delay_s)
+            case FaultKind.CUT:
+                reply = self._good_reply(endpoint, request, _without_finish(call), delay_s)
+                reply = _without_done(reply)
+            case _:
+                reply = self._spoiled(kind, self._good_reply(endpoint, request, call, delay_s))
+        return reply
+
+    def _refused(self, endpoint: Endpoint, request: Request, delay_s: float, fault: Fault) -> Reply:
+        if fault.kind is FaultKind.HTML:
+            self.stats.rejected[fault.status] += 1
+            page = self._whole(
+                request, GATEWAY_PAGE, status=fault.status, content_type=b"text/html"
+            )
+        else:
+            rejected = refusal(fault, is_anthropic=isinstance(endpoint, Messages))
+            [(_, page)] = self._rejection(request, rejected, endpoint.error_payload).steps
+        return Reply([(delay_s, page)], _ending(request))
+
+    def _spoiled(self, kind: FaultKind, good: Reply) -> Reply:
+        """A good reply that goes wrong on its way."""
+        match kind:
+            case FaultKind.SLOW:
+                return self._trickle(good)
+            case FaultKind.DRIP:
+                whole = b"".join(data for _, data in good.steps)
+                pause_s = self.options.drip_ms / 1000
+                return Reply([(pause_s, whole[n : n + 1]) for n in range(len(whole))], good.ending)
+            case FaultKind.STALL:
+                return _cut(good, Ending.HANG)
+            case FaultKind.RESET:
+                return _cut(good, Ending.ABORT)
+            case _:
+                return _cut(good, Ending.CLOSE)
+
+    def _error_reply(
+        self, endpoint: Endpoint, request: Request, call: Call, delay_s: float, fault: Fault
+    ) -> Reply:
+        """A success that tells of an error: at once, or in the middle of a stream."""
+        rejected = refusal(fault, is_anthropic=isinstance(endpoint, Messages))
+        if fault.kind is FaultKind.ERROR_BODY or not call.stream:
+            payload = self._whole(request, endpoint.error_payload(rejected))
+            return Reply([(delay_s, payload)], _ending(request))
+        before, tokens, _ = endpoint.events(call)
+        half = [*before, *tokens[: len(tokens) // 2], endpoint.error_event(rejected)]
+        frame, end, ending = self._framing(request)
+        body = b"".join(map(frame, half)) + end
+        return Reply([(delay_s, self._stream_head(request) + body)], ending)
+
+    def _odd_body(
+        self, request: Request, call: Call, delay_s: float, body: bytes, ending: Ending
+    ) -> Reply:
+        """A body of unusual size; one of gzip if it is the bomb."""
+        kind = b"text/event-stream" if call.stream else b"application/json"
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n" % kind + self._headers(request)
+        if body is not FILLER:
+            head += b"content-encoding: gzip\r\n"
+        if not request.chunked:
+            ending = Ending.CLOSE if ending is Ending.KEEP else ending
+            return Reply([(delay_s, head + b"\r\n"), (0.0, body)], ending)
+        head += b"transfer-encoding: chunked\r\n\r\n"
+        end = b"" if ending is Ending.REPEAT else b"0\r\n\r\n"
+        return Reply([(delay_s, head), (0.0, _chunk(body) + end)], ending)
+
+    def _whole(
+        self,
+        request: Request,
+        payload: bytes,
+        headers: bytes = b"",
+        *,
+        status: int = 200,
+        content_type: bytes = b"application/json",
+    ) -> bytes:
+        headers += self._headers(request)
+        return response(status, payload, headers=headers, content_type=content_type)
 
     def _trickle(self, reply: Reply) -> Reply:
         whole = b"".join(data for _, data in reply.steps)
@@ -339,20 +416,24 @@ def _joined(steps: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
     return [(delay_s, b"".join(parts)) for delay_s, parts in joined]
 
 
-def _cut(reply: Reply) -> Reply:
+def _cut(reply: Reply, ending: Ending) -> Reply:
+    """The first half, and then that end."""
     whole = b"".join(data for _, data in reply.steps)
-    return Reply([(reply.steps[0][0], whole[: len(whole) // 2])], Ending.CLOSE)
+    return Reply([(reply.steps[0][0], whole[: len(whole) // 2])], ending)
 
 
-def _scripted(fault: Fault) -> Rejected:
-    default = "server_error" if fault.status >= 500 else "invalid_request_error"  # noqa: PLR2004
-    return Rejected(
-        fault.status,
-        f"Simulated failure with status {fault.status}.",
-        kind=_TYPES.get(fault.status, default),
-        code=fault.code or _CODES.get(fault.status),
-        retry_after_ms=fault.retry_after_ms,
-    )
+def _without_finish(call: Call) -> Call:
+    answers = [dataclasses.replace(answer, finish=None) for answer in call.answers]
+    return dataclasses.replace(call, answers=answers)
+
+
+def _without_done(reply: Reply) -> Reply:
+    """A stream without the word of its end, well-formed as HTTP."""
+    steps = [
+        (delay_s, data.replace(_chunk(DONE), b"").replace(DONE, b""))
+        for delay_s, data in reply.steps
+    ]
+    return Reply(steps, reply.ending)
 
 
 def _json_object(raw: bytes | bytearray) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 
@@ -21,14 +22,17 @@ class Stats:
         self.input_tokens = 0
         self.output_tokens = 0
         self.client_disconnects = 0
+        self.stream_disconnects = 0
         self.max_in_flight = self.in_flight
         self.calls: dict[bytes, int] = {}
+        self.last_calls: dict[bytes, float] = {}
         self.failures: dict[bytes, int] = {}
 
     def call_of(self, digest: bytes) -> int:
         """Count a call of the prompt; which one it is, from 1."""
         number = self.calls.get(digest, 0) + 1
         self.calls[digest] = number
+        self.last_calls[digest] = time.monotonic()  # the same for all processes of a machine
         return number
 
     def failed(self, digest: bytes) -> None:
@@ -52,8 +56,10 @@ class Stats:
             "rejected": {str(status): count for status, count in self.rejected.items()},
             "faults": dict(self.faults),
             "client_disconnects": self.client_disconnects,
+            "stream_disconnects": self.stream_disconnects,
         }
         if by_prompt:
             shown["calls_by_prompt"] = {key.hex(): count for key, count in self.calls.items()}
+            shown["last_call_by_prompt"] = {key.hex(): at for key, at in self.last_calls.items()}
             shown["failures_by_prompt"] = {key.hex(): n for key, n in self.failures.items()}
         return shown
