@@ -20,7 +20,7 @@ from kombu import pools
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from promptfleet_shared.errors import BrokerUnavailableError
+from promptfleet_shared.errors import BrokerUnavailableError, ConfigurationError
 from promptfleet_shared.jobs import MAX_PRIORITY, Doorbell
 from promptfleet_shared.tiers import queue_name, tier_of_queue
 
@@ -28,6 +28,13 @@ RUN_PROMPTS = "promptfleet.run_prompts"
 """The task that a doorbell names; its one argument is a list of job ids."""
 MAX_IDS = 100
 """Ids that one message carries: 0.011 ms of a worker's CPU an id instead of 1 ms."""
+KEEPS_ALL = "noeviction"
+"""The one `maxmemory-policy` that loses no doorbells."""
+EVICTION_CURE = (
+    f"set maxmemory-policy {KEEPS_ALL} in its configuration (at once: CONFIG SET maxmemory-policy"
+    f" {KEEPS_ALL}), or name another server in PROMPTFLEET_BROKER_URL; only a cache of its own"
+    " (PROMPTFLEET_CACHE_URL) may evict"
+)
 PUBLISH_TIMEOUT_S = 2.0
 BUSY_IDS = 5
 """Ids in one window after which the next window is `BUSY_WINDOWS` times as long."""
@@ -149,6 +156,45 @@ def queue_depths(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
             declared = channel.queue_declare(queue=queue_name(tier), passive=False)
             depths[tier] = int(declared.message_count)
     return depths
+
+
+def eviction_policy(app: Celery) -> str | None:
+    """What the broker does once its memory is full (`maxmemory-policy`); None if it won't tell.
+
+    Raises:
+        BrokerUnavailableError: The broker can't be reached.
+    """
+    with asking_broker(app), app.connection_or_acquire() as connection:
+        try:
+            with connection.default_channel.conn_or_acquire() as client:
+                # Not CONFIG GET, which managed servers forbid.
+                policy: str | bytes | None = client.info("memory").get("maxmemory_policy")
+        except connection.channel_errors:  # our user may not ask
+            return None
+    return policy.decode() if isinstance(policy, bytes) else policy
+
+
+def eviction_problem(policy: str | None) -> str | None:
+    """Why no worker starts on a broker with this policy; None if one does, or nobody knows."""
+    if policy in {None, KEEPS_ALL}:
+        return None
+    return (
+        f"the broker's maxmemory-policy is {policy}: once its memory is full it may evict whole"
+        " queues of doorbells"
+    )
+
+
+def refuse_eviction(app: Celery) -> None:
+    """Do nothing if the broker keeps what it is given.
+
+    Raises:
+        ConfigurationError: It evicts.
+        BrokerUnavailableError: It can't be reached.
+    """
+    problem = eviction_problem(eviction_policy(app))
+    if problem is not None:
+        msg = f"{problem}; {EVICTION_CURE}"
+        raise ConfigurationError(msg)
 
 
 class Ringer:

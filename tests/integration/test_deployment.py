@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shlex
 import shutil
@@ -255,6 +256,8 @@ def test_compose_services_run_the_fleet(settings: Settings, tmp_path: Path) -> N
         own = {**_addresses(settings), "PROMPTFLEET_CONFIG": str(config)}
         environments = {n: {**_environment(n), **own} for n in names}
         environments["flower"] |= {"FLOWER_ADDRESS": "127.0.0.1", "FLOWER_PORT": str(port)}
+        for name in WORKERS:  # which have a host each under Compose, and one together here
+            environments[name] |= {"PROMPTFLEET_HEALTH_PORT": str(free_port())}
         with started(commands, environments, tmp_path) as processes:
             _each_tier_answers(settings, processes)
             flower = processes["flower"]
@@ -269,7 +272,31 @@ def test_compose_services_run_the_fleet(settings: Settings, tmp_path: Path) -> N
             assert {queue["name"] for queue in queues} == {queue_name(t) for t in DEFAULT_TIERS}
             tasks = flower.until(lambda: get_json(f"{url}/api/tasks", login=login), "tasks")
             assert all("Say" not in str(task) for task in tasks.values())
+            for name in WORKERS:
+                assert _is_healthy(name, environments[name])
             _stop_cleanly(processes)
+        assert not _is_healthy(name, environments[name])
+
+
+def _is_healthy(service: str, environment: Mapping[str, str]) -> bool:
+    """What the service's own health check says."""
+    kind, *command = SERVICES[service]["healthcheck"]["test"]
+    assert kind == "CMD"
+    assert environment["PROMPTFLEET_HEALTH_HOST"] == "0.0.0.0"
+    assert command[0] == "python"
+    checked = subprocess.run(
+        [sys.executable, *command[1:]],
+        env={**os.environ, **environment},
+        check=False,
+        capture_output=True,
+    )
+    return checked.returncode == 0
+
+
+def test_workers_serve_their_health_where_the_image_says() -> None:
+    exposed = [rest for name, rest in dockerfile() if name == "EXPOSE"]
+    for name in WORKERS:
+        assert exposed == [str(SERVICES[name]["environment"]["PROMPTFLEET_HEALTH_PORT"])]
 
 
 def _each_tier_answers(settings: Settings, processes: Mapping[str, Process]) -> None:

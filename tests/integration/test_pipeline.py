@@ -24,6 +24,7 @@ from promptfleet_shared.jobs import Doorbell, JobKind, JobSpec, Usage
 from promptfleet_shared.store.database import AsyncDatabase, Statement
 from promptfleet_shared.store.results import request_cancel
 from promptfleet_workers.batching import DoorbellWait, Slots
+from promptfleet_workers.breakers import Breakers
 from promptfleet_workers.cache import MemoryCache
 from promptfleet_workers.calling import Caller
 from promptfleet_workers.claims import Abort, Claims
@@ -32,7 +33,7 @@ from promptfleet_workers.pipeline import Pipeline
 from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.routing import Router
-from promptfleet_workers.telemetry import Event
+from promptfleet_workers.telemetry import BatchClaimed, Event
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
@@ -149,6 +150,7 @@ class Rig:
         self.caller = Caller(
             database=self.database,
             fleet=self.fleet,
+            breakers=Breakers.of(self.fleet, calls=calls, emit=self.events.append),
             claims=self.claims,
             endings=self.endings,
             calls=calls,
@@ -785,3 +787,14 @@ async def test_a_cancelled_job_is_not_claimed(make_rig: MakeRig) -> None:
 
     assert rig.provider.calls == []
     assert rig.state(job.id) == "cancelled"
+
+
+async def test_a_claim_that_the_database_does_not_take_is_told(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    (job_id,) = insert(rig.rows, spec())
+    with rig.rows.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE jobs RENAME COLUMN fence TO fences"))
+
+    await rig.settled(rig.take(job_id))
+
+    assert rig.events == [BatchClaimed(tier="basic", rung=1, claimed=0, answered=False)]

@@ -24,6 +24,7 @@ def test_defaults_are_complete() -> None:
     assert settings.tenant == "default"
     assert settings.lease_s == 45
     assert settings.config_path is None
+    assert settings.health_port == 0
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,12 @@ def test_defaults_are_complete() -> None:
         ("RETENTION_DAYS", "0", 0.0),
         ("DOORBELL_WINDOW_MS", "0", 0.0),
         ("DATABASE_POOL_SIZE", "9", 9),
+        ("WATCHDOG_S", "0", 0.0),
+        ("HEALTH_HOST", "0.0.0.0", "0.0.0.0"),
+        ("HEALTH_PORT", "9470", 9470),
+        ("HEALTH_PORT", "0", 0),
+        ("HEALTH_PORT", "", None),
+        ("HEALTH_STALE_S", "90", 90.0),
         ("LOG_FORMAT", "json", "json"),
         ("CONFIG", "/etc/fleet.toml", Path("/etc/fleet.toml")),
     ],
@@ -55,6 +62,10 @@ def test_every_setting_is_a_variable(
         ("SWEEP_INTERVAL_S", "0"),
         ("DRAIN_S", "-1"),
         ("DATABASE_POOL_SIZE", "0"),
+        ("WATCHDOG_S", "-1"),
+        ("HEALTH_PORT", "65536"),
+        ("HEALTH_PORT", "none"),
+        ("HEALTH_STALE_S", "0"),
         ("LOG_FORMAT", "xml"),
         ("RETENTION_DAYS", "-1"),
     ],

@@ -13,9 +13,11 @@ from structlog.testing import capture_logs
 from promptfleet_shared.jobs import JobError, JobState, Outcome, Release
 from promptfleet_workers.telemetry import (
     BatchClaimed,
+    BreakerChanged,
     Event,
     JobsFinished,
     JobsReleased,
+    KeyStopped,
     LogHook,
     Swept,
     emit_to,
@@ -87,9 +89,13 @@ class TestLogHook:
             (Swept(verdicts={"lost": 2, "alive": 1}), "warning"),
             (Swept(verdicts={"poison": 1}), "warning"),
             (Swept(verdicts={"expired": 1}), "warning"),
+            (Swept(verdicts={"unknown": 1}, unknown_calls=1), "warning"),
             (Swept(verdicts={"ring": 2}), None),
             (JobsFinished.of([ended(JobState.FAILED)], fenced=0), None),
             (BatchClaimed(tier="basic", rung=3, claimed=2), None),
+            (BreakerChanged(deployment="a", state="open", fleet=True, for_s=5.0), "warning"),
+            (BreakerChanged(deployment="a", state="ramp", fleet=True), "info"),
+            (KeyStopped(deployment="a", for_s=300.0), "error"),
         ],
         ids=str,
     )

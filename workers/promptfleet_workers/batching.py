@@ -125,6 +125,11 @@ class Slots:
         """Ids that may be taken now."""
         return 0 if self._shut else max(0, self._calls + self._ahead - self._held)
 
+    @property
+    def unwritten(self) -> int:
+        """Jobs that have ended here, and whose ends are still to be written."""
+        return self._unwritten
+
     def take(self, wanted: int) -> int:
         """Take up to `wanted` slots; returns how many there were. From any thread."""
         with self._lock:

@@ -17,10 +17,19 @@ from promptfleet_shared.jobs import JobError, JobKind, JobState, OnUnknown
 from promptfleet_shared.store import claims as claims_store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.alarms import Alarms, this_task
+from promptfleet_workers.breaker import Refusal
+from promptfleet_workers.breakers import Breakers
 from promptfleet_workers.claims import Abort, Claims
 from promptfleet_workers.endings import UNKNOWN_OUTCOME, Endings
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
-from promptfleet_workers.retries import Judgement, Verdict, classify, delay_s
+from promptfleet_workers.retries import (
+    KEY_STOP_S,
+    Judgement,
+    Verdict,
+    classify,
+    delay_s,
+    speaks_of_health,
+)
 from promptfleet_workers.routing import Candidate
 from promptfleet_workers.work import Work
 
@@ -84,6 +93,11 @@ def _tries(work: Work, judgement: Judgement) -> int:
     return work.job.attempt
 
 
+def _not_called(refusal: Refusal) -> ProviderError:
+    message = "the deployment was not called: it fails too often at the moment"
+    return ProviderError(message, code=refusal.code, retry_after_s=refusal.wait_s)
+
+
 def _for_all(works: Sequence[Work], error: ProviderError) -> list[Answer]:
     return [error] * len(works)
 
@@ -92,10 +106,18 @@ class Caller:
     """Runs requests, each in a task of its own, so many at once."""
 
     def __init__(
-        self, *, database: AsyncDatabase, fleet: Fleet, claims: Claims, endings: Endings, calls: int
+        self,
+        *,
+        database: AsyncDatabase,
+        fleet: Fleet,
+        breakers: Breakers,
+        claims: Claims,
+        endings: Endings,
+        calls: int,
     ) -> None:
         """Call nothing yet; `calls` is how many requests may be in flight."""
         self._database = database
+        self._breakers = breakers
         self._fleet = fleet
         self._claims = claims
         self._endings = endings
@@ -180,10 +202,7 @@ class Caller:
             for work, answer in zip(works, answers, strict=True):
                 if isinstance(answer, Completion):
                     self._endings.succeed(work, answer, candidate)
-                    continue
-                if answer.unknown_outcome:
-                    work.unknown_calls += 1
-                if self._may_ask_next(work, answer, candidate):
+                elif self._may_ask_next(work, answer, candidate):
                     unanswered.append(work)
                 else:
                     self._judge(work, answer, candidate)
@@ -222,18 +241,48 @@ class Caller:
         return [work for work in works if not self._endings.given_up(work)]
 
     async def _ask(self, candidate: Candidate, works: list[Work]) -> Sequence[Answer]:
-        """One request to one deployment."""
+        """One request to one deployment, if its breaker gives leave."""
+        first = works[0]
         left_s = min(work.remaining_s for work in works)
         if left_s <= 0:
             return _for_all(works, ProviderError("no time was left for a call", code="timeout"))
-        limit_s = min(candidate.timeouts.timeout_ms / 1000, left_s)
-        works[0].calls += 1  # a request that jobs share is counted on the first of them
+        retry = first.all_calls > 0 or first.job.attempt > 1
+        permit = self._breakers.admit(candidate.deployment.name, retry=retry)
+        if isinstance(permit, Refusal):
+            return _for_all(works, _not_called(permit))
+        ok: bool | None = None
+        first.calls += 1  # a request that jobs share is counted on the first of them
         started = time.perf_counter()
-        answers = await self._call_within(limit_s, candidate, works)
+        try:
+            limit_s = min(candidate.timeouts.timeout_ms / 1000, left_s)
+            answers = await self._call_within(limit_s, candidate, works)
+            ok = self._take_note(candidate, works, answers)
+        finally:
+            self._breakers.ended(permit, ok=ok)
         elapsed_ms = (time.perf_counter() - started) * 1000
         for work in works:
             work.provider_ms = elapsed_ms
         return answers
+
+    def _take_note(
+        self, candidate: Candidate, works: list[Work], answers: Sequence[Answer]
+    ) -> bool | None:
+        """Count what the answers cost; returns what they say about the deployment's health."""
+        health: bool | None = None
+        for work, answer in zip(works, answers, strict=True):
+            if isinstance(answer, Completion):
+                health = True
+                continue
+            judgement = classify(answer)
+            if answer.unknown_outcome:
+                work.unknown_calls += 1
+            elif judgement.otherwise is Verdict.DEFER and work.calls:
+                work.calls -= 1  # refused before any work was done: no money, and no try
+            if judgement.stops_key:
+                self._breakers.stop(candidate.deployment.name, KEY_STOP_S)
+            elif health is None and speaks_of_health(judgement):
+                health = False
+        return health
 
     async def _call_within(
         self, limit_s: float, candidate: Candidate, works: list[Work]
@@ -245,6 +294,7 @@ class Caller:
             requests=[work.job.request for work in works],
             input_tokens=[work.job.input_tokens for work in works],
             timeouts=candidate.timeouts,
+            stream=candidate.deployment.stream,
         )
         loop = self._alarms.loop
         task = this_task(loop)
@@ -279,8 +329,6 @@ class Caller:
         verdict = judgement.otherwise  # whoever else there was has been asked
         facts = JobError(code=error.code, message=error.message, status=error.status)
         options = self._fleet.retry_options(work.job.tier)
-        if verdict is Verdict.DEFER and work.calls:
-            work.calls -= 1  # refused before any work was done: it costs neither money nor a try
         spent = work.job.attempt > options.retry_attempts or work.all_calls >= options.max_calls
         wait_s = delay_s(options, _tries(work, judgement), judgement.retry_after_s, random.random)
         if work.must_not_repeat:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from celery import bootsteps
 
-from promptfleet_shared.errors import ConfigurationError
+from promptfleet_shared.errors import BrokerUnavailableError, ConfigurationError
+from promptfleet_shared.queueing import refuse_eviction
 from promptfleet_shared.tiers import tier_of_queue
 from promptfleet_workers.worker import FleetWorker
 
+log = logging.getLogger(__name__)
+
+EX_CONFIG = 78
+"""The exit status (of sysexits.h) of a worker that can't run as it is set up."""
 TICK_S = 0.02
 """Celery's loop sleeps until something happens; free slots are seen by the next tick."""
 FLUSH_EVENTS_S = 0.25
@@ -26,14 +32,16 @@ class FleetStep(bootsteps.StartStopStep):
         """Start for the queues that `-Q` names.
 
         Raises:
-            ConfigurationError: The pool can't wait for an event loop.
+            SystemExit: The pool can't wait for an event loop, or a setting is wrong.
         """
         pool = parent.pool_cls.__module__
         if not pool.endswith((".thread", ".solo")):
-            msg = f"the pool must be threads, not {pool}: start the worker with --pool=threads"
-            raise ConfigurationError(msg)
+            _refuse(f"the pool must be threads, not {pool}: start the worker with --pool=threads")
         tiers = [tier_of_queue(name) for name in parent.app.amqp.queues.consume_from]
-        parent.app.fleet_worker.start([tier for tier in tiers if tier is not None])
+        try:
+            parent.app.fleet_worker.start([tier for tier in tiers if tier is not None])
+        except ConfigurationError as error:
+            _refuse(error.message)
 
     def stop(self, parent: Any) -> None:
         """Drain and stop."""
@@ -51,12 +59,23 @@ class GateStep(bootsteps.StartStopStep):
         self._timers: list[Any] = []
 
     def start(self, parent: Any) -> None:
-        """Ask for room before each look at the queues; anew with each connection."""
+        """Ask for room before each look at the queues; anew with each connection.
+
+        Raises:
+            SystemExit: The broker evicts.
+        """
+        try:
+            refuse_eviction(parent.app)
+        except BrokerUnavailableError:
+            log.warning("eviction_unknown")  # lost again already: the next connection tells
+        except ConfigurationError as error:
+            _refuse(error.message)
         worker: FleetWorker = parent.app.fleet_worker
         qos = parent.task_consumer.channel.qos
         celery_may = qos.can_consume
 
         def can_consume(_: Any) -> bool:
+            worker.consumer_looked()
             return worker.wants_work and bool(celery_may())
 
         qos.can_consume = MethodType(can_consume, qos)
@@ -84,6 +103,12 @@ def install(app: Any, worker: FleetWorker) -> None:
     app.fleet_worker = worker
     app.steps["worker"].add(FleetStep)
     app.steps["consumer"].add(GateStep)
+
+
+def _refuse(reason: str) -> NoReturn:
+    """End the worker with a sentence instead of a traceback."""
+    log.critical("refused_to_start", extra={"reason": reason})
+    raise SystemExit(EX_CONFIG)
 
 
 def _nothing() -> None:

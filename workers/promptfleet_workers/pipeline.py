@@ -98,6 +98,7 @@ class Pipeline:
     async def _claim(self, tier: str, tickets: list[Ticket]) -> list[Work]:
         fresh = self._without_twins(tickets)
         asked_at = time.monotonic()
+        answered = True
         try:
             jobs = await self._database.insist(
                 lambda connection: claims_store.claim(
@@ -107,7 +108,7 @@ class Pipeline:
             )
         except (StoreRefusedError, StoreUnavailableError) as error:
             log.warning("claim_failed", extra={"jobs": len(fresh), "error": str(error)})
-            jobs = []  # the sweeper rings again
+            jobs, answered = [], False  # the sweeper rings again
         self._claims.hold(jobs)
         claimed_at = time.monotonic()
         batch = Batch(id=uuid7(), size=len(jobs))
@@ -115,7 +116,7 @@ class Pipeline:
             self._endings.expect(fresh.pop(job.id))
         for stale in fresh.values():
             self._endings.settle(stale)
-        self._emit(BatchClaimed(tier=tier, rung=len(tickets), claimed=len(jobs)))
+        self._emit(BatchClaimed(tier=tier, rung=len(tickets), claimed=len(jobs), answered=answered))
         return [
             Work(
                 job=job,

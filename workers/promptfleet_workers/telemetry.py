@@ -14,43 +14,67 @@ from promptfleet_shared.jobs import Outcome, Release
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class BatchClaimed:
-    """A batch was claimed; `rung - claimed` of its doorbells were stale."""
+    """A batch was claimed; `rung - claimed` of its doorbells were stale.
+
+    Attributes:
+        answered: False if the database did not take the claim, so that nothing was claimed.
+    """
 
     tier: str
     rung: int
     claimed: int
+    answered: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JobsFinished:
-    """Jobs reached their ends in one transaction; `fenced` of them were somebody else's by then."""
+    """Jobs reached their ends in one transaction; `fenced` of them were somebody else's by then.
+
+    Attributes:
+        calls: Provider calls made for them.
+        unknown_calls: Those whose outcome (and bill) nobody knows.
+    """
 
     jobs: int
     fenced: int
     states: Mapping[str, int]
     calls: int
+    unknown_calls: int
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome], *, fenced: int) -> JobsFinished:
         """Count them."""
         states = collections.Counter(outcome.state.value for outcome in outcomes)
-        calls = sum(outcome.calls for outcome in outcomes)
-        return cls(jobs=len(outcomes), fenced=fenced, states=dict(states), calls=calls)
+        return cls(
+            jobs=len(outcomes),
+            fenced=fenced,
+            states=dict(states),
+            calls=sum(outcome.calls for outcome in outcomes),
+            unknown_calls=sum(outcome.unknown_calls for outcome in outcomes),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class JobsReleased:
-    """Jobs went back to their queues; `codes` counts why."""
+    """Jobs went back to their queues; `codes` counts why, the rest is as for `JobsFinished`."""
 
     jobs: int
     fenced: int
     codes: Mapping[str, int]
+    calls: int
+    unknown_calls: int
 
     @classmethod
     def of(cls, releases: Sequence[Release], *, fenced: int) -> JobsReleased:
         """Count them."""
         codes = collections.Counter(r.error.code if r.error else "drained" for r in releases)
-        return cls(jobs=len(releases), fenced=fenced, codes=dict(codes))
+        return cls(
+            jobs=len(releases),
+            fenced=fenced,
+            codes=dict(codes),
+            calls=sum(release.calls for release in releases),
+            unknown_calls=sum(release.unknown_calls for release in releases),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +89,55 @@ class Swept:
     unknown_calls: int = 0
 
 
-Event = BatchClaimed | JobsFinished | JobsReleased | Swept
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BreakerChanged:
+    """A deployment's breaker changed, as this worker sees it.
+
+    Attributes:
+        state: "closed", "open" or "ramp".
+        fleet: False if this worker judged by itself.
+        stopped: True if it opened because the key's quota is exhausted.
+        for_s: Seconds until a probe, where it opened.
+    """
+
+    deployment: str
+    state: str
+    fleet: bool
+    stopped: bool = False
+    for_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KeyStopped:
+    """A key's quota is exhausted: the fleet makes no call with it for a time. Somebody must act."""
+
+    deployment: str
+    for_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CallbacksDelivered:
+    """Attempts to deliver callbacks were written down together.
+
+    Attributes:
+        outcomes: How many of them were: delivered; failed, to be tried again; exhausted, to be
+            tried no more; disabled, for their endpoint wants no more; returned, not tried.
+        fenced: Those that were somebody else's by then, so that their receivers hear it twice.
+    """
+
+    outcomes: Mapping[str, int]
+    fenced: int = 0
+
+
+Event = (
+    BatchClaimed
+    | JobsFinished
+    | JobsReleased
+    | Swept
+    | BreakerChanged
+    | KeyStopped
+    | CallbacksDelivered
+)
 Emit = Callable[[Event], None]
 
 
@@ -78,6 +150,10 @@ def emit_to(hooks: Iterable[Emit]) -> Emit:
             listener(event)
 
     return emit
+
+
+_LOSSES = frozenset({"lost", "poison", "unknown", "expired"})
+"""Verdicts of the sweeper that somebody should hear of."""
 
 
 class LogHook:
@@ -94,8 +170,15 @@ class LogHook:
         match event:
             case JobsFinished(fenced=fenced) | JobsReleased(fenced=fenced) if fenced:
                 self._log.warning(name, **dataclasses.asdict(event))
-            case Swept(verdicts=verdicts) if verdicts.keys() & {"lost", "poison", "expired"}:
+            case Swept(verdicts=verdicts) if verdicts.keys() & _LOSSES:
                 self._log.warning(name, **dataclasses.asdict(event))
+            case CallbacksDelivered(outcomes=lost) if lost.keys() & {"exhausted", "disabled"}:
+                self._log.warning(name, **dataclasses.asdict(event))
+            case KeyStopped():
+                self._log.error(name, **dataclasses.asdict(event))
+            case BreakerChanged(state=state):
+                level = logging.WARNING if state == "open" else logging.INFO
+                self._log.log(level, name, **dataclasses.asdict(event))
             case _ if self._debugs:
                 self._log.debug(name, **dataclasses.asdict(event))
             case _:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import logging
 import sys
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.jobs import Doorbell
 from promptfleet_workers.batching import DoorbellWait, Slots
-from promptfleet_workers.claims import Heartbeat
+from promptfleet_workers.callbacks import Deliverer
+from promptfleet_workers.claims import Claims, Heartbeat
 from promptfleet_workers.event_loop import EventLoop
+from promptfleet_workers.health import HealthServer, Phase, Vitals
 from promptfleet_workers.pipeline import Pipeline
 from promptfleet_workers.sweeper import Sweeper
+from promptfleet_workers.watchdog import Stuck, Watchdog, announce, end_for_restart
 
 log = logging.getLogger(__name__)
+
+CLOSE_S = 10.0
+"""Seconds to close up in after draining."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +35,13 @@ class Parts:
 
     pipeline: Pipeline
     sweeper: Sweeper
+    deliverer: Deliverer
     heartbeat: Heartbeat
+    claims: Claims
     slots: Slots
+    vitals: Vitals
+    watchdog: Watchdog
+    health: HealthServer | None
     close: Callable[[], Awaitable[None]]
 
 
@@ -60,9 +74,17 @@ class FleetWorker:
         self._waits: set[DoorbellWait] = set()
 
     def start(self, tiers: Sequence[str]) -> None:
-        """Build the parts and begin to sweep; doorbells are welcome from now on."""
+        """Build the parts and begin to sweep; doorbells are welcome from now on.
+
+        Raises:
+            ConfigurationError: Health can't be served where the settings say.
+        """
         self._loop.start()
-        self._loop.run(self._start(tiers))
+        try:
+            self._loop.run(self._start(tiers))
+        except ConfigurationError:
+            self._loop.stop()
+            raise
         # Thousands of small objects live for the length of a call: with the usual thresholds the
         # collector would walk all of Celery and SQLAlchemy for them, at a tenth of the CPU.
         gc.collect()
@@ -75,6 +97,11 @@ class FleetWorker:
     def wants_work(self) -> bool:
         """True if the next doorbell is worth taking from a queue."""
         return self._parts is not None and self._parts.slots.wants_work
+
+    def consumer_looked(self) -> None:
+        """Celery's consumer is about to look at the queues."""
+        if self._parts is not None:
+            self._parts.vitals.looked_at = time.monotonic()
 
     def run(self, tier: str, ids: Sequence[uuid.UUID], priority: int) -> None:
         """See to the jobs of a doorbell; returns when each has been.
@@ -108,23 +135,49 @@ class FleetWorker:
         if self._parts is None:
             return
         parts, self._parts = self._parts, None
+        parts.watchdog.stop()
         parts.slots.shut()
+        parts.vitals.phase = Phase.DRAINING
         try:
-            self._loop.run(self._stop(parts), timeout_s=self._drain_s + 10)
+            self._loop.run(self._stop(parts), timeout_s=self._drain_s + CLOSE_S)
         except TimeoutError:
-            log.warning("drain_gave_up", extra={"after_s": self._drain_s + 10})
+            log.warning("drain_gave_up", extra={"after_s": self._drain_s + CLOSE_S})
         parts.heartbeat.stop()
         for wait in list(self._waits):
             wait.abandon()
         self._loop.stop()
 
     async def _start(self, tiers: Sequence[str]) -> None:
-        self._parts = await self._build(tiers, self._loop)
-        self._parts.heartbeat.start()
-        self._sweeping = asyncio.create_task(self._parts.sweeper.run())
+        parts = await self._build(tiers, self._loop)
+        if parts.health is not None:
+            await parts.health.start()
+        self._parts = parts
+        parts.heartbeat.start()
+        self._sweeping = asyncio.create_task(parts.sweeper.run())
+        parts.deliverer.start()
+        parts.vitals.phase = Phase.SERVING
+        parts.watchdog.start(self._give_up)
 
     async def _stop(self, parts: Parts) -> None:
         if self._sweeping is not None:
             self._sweeping.cancel()
-        await parts.pipeline.drain(self._drain_s)
+        await asyncio.gather(
+            parts.pipeline.drain(self._drain_s), parts.deliverer.drain(self._drain_s)
+        )
         await parts.close()
+        if parts.health is not None:
+            await parts.health.stop()
+
+    def _give_up(self, stuck: Stuck) -> None:
+        """End this process to have a fresh one; what still runs, and was paid for, may end."""
+        parts = self._parts
+        if parts is None:  # it drains already
+            return
+        announce(stuck, within_s=self._drain_s + 2 * CLOSE_S)
+        parts.slots.shut()
+        parts.vitals.phase = Phase.DRAINING
+        if stuck is not Stuck.LOOP and not parts.claims.idle.is_set():
+            with contextlib.suppress(TimeoutError):
+                drain = parts.pipeline.drain(self._drain_s)
+                self._loop.run(drain, timeout_s=self._drain_s + CLOSE_S)
+        end_for_restart()

@@ -27,6 +27,7 @@ from promptfleet.cli.terminal import JsonFlag, out, print_json
 from promptfleet_shared.errors import BrokerUnavailableError, ConfigurationError, PromptFleetError
 from promptfleet_shared.fleet import Deployment, Fleet, Model, load_fleet
 from promptfleet_shared.settings import Settings
+from promptfleet_shared.signing import split_secrets
 from promptfleet_shared.tiers import queue_name
 
 TIMEOUT_S = 5.0
@@ -101,7 +102,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         with store_connection(settings) as connection:
             yield _ok("database", f"{shown} answers")
             yield _clock(connection)
-            yield from _schema(connection)
+            yield from _schema(connection, settings)
     except PromptFleetError as error:
         yield _fail(
             "database",
@@ -124,7 +125,7 @@ def _clock(connection: Any) -> Finding:
     return _ok("clocks", text)
 
 
-def _schema(connection: Any) -> Iterator[Finding]:
+def _schema(connection: Any, settings: Settings) -> Iterator[Finding]:
     from promptfleet_shared.store.migrating import schema_version  # noqa: PLC0415  # slow
     from promptfleet_shared.store.status import overdue_jobs  # noqa: PLC0415  # slow
 
@@ -140,6 +141,27 @@ def _schema(connection: Any) -> Iterator[Finding]:
         yield _warn("deadlines", f"{overdue:,} jobs are past their deadline", advice)
     else:
         yield _ok("deadlines", "no job is past its deadline")
+    yield _callbacks(connection, settings)
+
+
+def _callbacks(connection: Any, settings: Settings) -> Finding:
+    from promptfleet_shared.store.callbacks import callback_counts  # noqa: PLC0415  # slow
+
+    try:
+        secrets = split_secrets(settings.callback_secrets.get_secret_value())
+    except ConfigurationError as error:
+        return _fail("callbacks", error.message, "correct PROMPTFLEET_CALLBACK_SECRETS")
+    counts = callback_counts(connection)
+    if not secrets and counts.pending:
+        text = f"{counts.pending:,} callbacks wait for a secret to be signed with"
+        advice = "set PROMPTFLEET_CALLBACK_SECRETS, for the workers as well"
+        return _fail("callbacks", text, advice)
+    if counts.exhausted or counts.disabled:
+        text = f"given up: {counts.exhausted:,}; disabled endpoints: {counts.disabled:,}"
+        return _warn("callbacks", text, "see: promptfleet callbacks list --state exhausted")
+    if not secrets:
+        return _ok("callbacks", "none wait; there is no secret to sign them with")
+    return _ok("callbacks", f"{counts.pending:,} wait, none was given up")
 
 
 def _broker(settings: Settings) -> Iterator[Finding]:
@@ -161,7 +183,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
     server = "valkey" if "valkey_version" in facts else "redis"
     version = facts.get("valkey_version") or facts.get("redis_version")
     yield _ok("broker", f"{shown} is {server} {version}")
-    yield _policy(str(facts.get("maxmemory_policy", "unknown")))
+    yield _policy(facts.get("maxmemory_policy"))
     if facts.get("aof_enabled") or snapshots:
         yield _ok("persistence", "append-only file" if facts.get("aof_enabled") else "snapshots")
     else:
@@ -172,14 +194,20 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _policy(policy: str) -> Finding:
-    if policy == "noeviction":
-        return _ok("memory", "maxmemory-policy is noeviction")
-    return _fail(
-        "memory",
-        f"maxmemory-policy is {policy}",
-        "an evicted queue loses its doorbells: CONFIG SET maxmemory-policy noeviction",
+def _policy(policy: str | None) -> Finding:
+    from promptfleet_shared.queueing import (  # noqa: PLC0415  # slow to import
+        EVICTION_CURE,
+        KEEPS_ALL,
+        eviction_problem,
     )
+
+    if policy is None:
+        advice = f"make sure that it is {KEEPS_ALL}"
+        return _warn("memory", "the broker does not tell its maxmemory-policy", advice)
+    problem = eviction_problem(policy)
+    if problem is not None:
+        return _fail("memory", f"{problem}; no worker starts on it", EVICTION_CURE)
+    return _ok("memory", f"maxmemory-policy is {policy}")
 
 
 def _snapshots(client: Any) -> bool:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+from collections.abc import Sequence
 from decimal import Decimal
 
 import sqlalchemy as sa
+
+from promptfleet_shared.store.sweeping import RING_BACKOFF_MAX_S
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,17 @@ SELECT count(*) FROM jobs
  WHERE finished_at IS NULL AND deadline < clock_timestamp() - interval '60 seconds'
 """)
 
+# A due job's timer is never further away than the longest pause between two of its doorbells: so
+# the index of timers leaves out what is to run later.
+_NEGLECTED = sa.text("""
+SELECT EXISTS (
+    SELECT FROM jobs
+     WHERE finished_at IS NULL AND state = 'queued' AND tier = ANY(:tiers) AND NOT cancel_requested
+       AND deadline > clock_timestamp()
+       AND run_at <= clock_timestamp() - :for_s * interval '1 second'
+       AND sweep_at <= clock_timestamp() + :backoff_max_s * interval '1 second')
+""").bindparams(backoff_max_s=RING_BACKOFF_MAX_S)
+
 
 def tier_summaries(
     connection: sa.Connection, *, tenant: str, since: dt.datetime, run: str | None = None
@@ -102,3 +116,12 @@ def database_clock(connection: sa.Connection) -> dt.datetime:
 def overdue_jobs(connection: sa.Connection) -> int:
     """Jobs that no sweeper ended within a minute of their deadline: no worker runs."""
     return int(connection.execute(_OVERDUE).scalar_one())
+
+
+def any_neglected(connection: sa.Connection, tiers: Sequence[str], *, for_s: float) -> bool:
+    """True if a job of these tiers may run for `for_s` seconds already, and nobody has claimed it.
+
+    A backlog is neglected, too: the answer says that there is work, and not whose fault it is.
+    """
+    parameters = {"tiers": list(tiers), "for_s": for_s}
+    return bool(connection.execute(_NEGLECTED, parameters).scalar_one())
