@@ -178,6 +178,8 @@ def check_url(url: str, *, field: str, allow_loopback: bool = False) -> CheckedU
     if match is None:
         _refuse(field, _mistake(url))
     checked = _checked(match, field)
+    if len(checked.url) > MAX_URL_CHARS:  # by the path that was left out
+        _refuse(field, "it is longer")
     permitted = checked.is_loopback and allow_loopback
     if checked.scheme != "https" and not permitted:
         _refuse(field, "its scheme is not https")

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 from typing import assert_type
+
+from starlette.datastructures import Headers as StarletteHeaders
+from werkzeug.datastructures import Headers as WerkzeugHeaders
 
 from promptfleet import (
     AsyncClient,
     AsyncPromptJob,
     CacheOptions,
+    CallbackEvent,
     Client,
     InvalidRequestError,
     JobState,
+    OnUnknown,
     Prompt,
     PromptJob,
     PromptOptions,
     Result,
+    StoreUnavailableError,
     cancel,
     enqueue_prompt,
     enqueue_prompts,
     get_result,
+    verify_callback,
     wait_for_result,
 )
 from promptfleet.testing import EnqueuedPrompt, FakeFleet, fake_fleet
+from promptfleet_shared.signing import new_secret, sign
 
 
 def test_functions() -> None:
@@ -43,15 +52,20 @@ def test_functions() -> None:
         assert_type(get_result(job.id), Result | None)
         assert_type(wait_for_result(str(job.id), 1.5), Result)
         assert_type(cancel(job.id), bool)
+        assert_type(StoreUnavailableError().unknown_outcome, bool)
         assert_type(fleet.assert_enqueued(tier="basic"), EnqueuedPrompt)
 
 
 def test_options_are_checked() -> None:
-    shared: PromptOptions = {"tier": "basic", "max_tokens": 100}
-    own: Prompt = {"prompt": "b", "idempotency_key": "k"}
+    shared: PromptOptions = {"tier": "basic", "max_tokens": 100, "on_unknown": OnUnknown.FAIL}
+    own: Prompt = {"prompt": "b", "idempotency_key": "k", "on_unknown": "retry"}
     with fake_fleet():
         jobs = enqueue_prompts(["a", own, [{"role": "user", "content": "c"}]], **shared)
         assert_type(jobs, list[PromptJob])
+        try:
+            enqueue_prompt("a", on_unknown="never")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        except InvalidRequestError as error:
+            assert_type(error.field, str)
         try:
             enqueue_prompt("a", tier=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         except InvalidRequestError as error:
@@ -72,3 +86,20 @@ async def test_clients() -> None:
             assert_type(await job.result(), Result)
             async for result in async_client.as_completed([job.id]):
                 assert_type(result, Result)
+
+
+def test_callbacks_with_the_headers_of_frameworks() -> None:
+    secret, now, body = (
+        new_secret(),
+        int(time.time()),
+        '{"type":"x","timestamp":"2030-01-01","data":{}}',
+    )
+    headers = {
+        "Webhook-Id": "msg_1",
+        "Webhook-Timestamp": str(now),
+        "Webhook-Signature": sign([secret], "msg_1", now, body.encode()),
+    }
+    event = verify_callback(body, headers, secret)
+    assert_type(event, CallbackEvent)
+    assert verify_callback(body.encode(), StarletteHeaders(headers), [secret]) == event
+    assert verify_callback(body, WerkzeugHeaders(headers), (secret,), tolerance_s=60) == event

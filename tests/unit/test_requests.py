@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import datetime as dt
 import json
 import types
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from promptfleet.options import MAX_DEADLINE_S
 from promptfleet.requests import Defaults, job_id, make_spec, make_specs
-from promptfleet_shared.errors import InvalidRequestError
+from promptfleet_shared.errors import BlockedAddressError, InvalidRequestError
 from promptfleet_shared.jobs import CacheMode, CacheOptions, JobKind, OnUnknown
 
 NOW = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
@@ -219,6 +220,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("callback_url", {"callback_url": "https://example.com:99999/"}),
     ("callback_url", {"callback_url": "https://example.com/" + "x" * 2048}),
     ("callback_url", {"callback_url": "https://[::1/"}),
+    ("callback_url", {"callback_url": "http://example.com/"}),
+    ("callback_url", {"callback_url": "http://localhost:8000/"}),
+    ("callback_url", {"callback_url": "https://10.0.0.1/"}),
+    ("callback_url", {"callback_url": b"https://example.com/"}),
     ("cache", {"cache": "never"}),
     ("cache", {"cache": 1}),
     ("cache.ttl_s", {"cache": CacheOptions(ttl_s=0)}),
@@ -229,6 +234,29 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("max_tokens", {"kind": "embedding", "max_tokens": 5}),
     ("temprature", {"temprature": 1}),
 ]
+
+
+def test_a_callback_url_is_kept_in_its_normal_form() -> None:
+    spec = make_spec("hello", {"callback_url": "HTTPS://Example.com.:443?x"}, DEFAULTS)
+    assert spec.callback_url == "https://example.com/?x"
+
+
+def test_a_blocked_callback_url_is_told_from_a_wrong_one() -> None:
+    blocked = {"callback_url": "https://169.254.169.254/"}
+    with pytest.raises(BlockedAddressError) as caught:
+        make_spec("hello", blocked, DEFAULTS)
+    assert caught.value.field == "callback_url"
+    with pytest.raises(BlockedAddressError) as caught:
+        make_specs(["hello", {"prompt": "hello", **blocked}], {}, DEFAULTS)
+    assert caught.value.field == "prompts[1].callback_url"
+
+
+def test_callbacks_to_this_machine_are_for_development() -> None:
+    options = {"callback_url": "http://localhost:8000/hook"}
+    develop = dataclasses.replace(DEFAULTS, callback_allow_loopback=True)
+    assert make_spec("hello", options, develop).callback_url == "http://localhost:8000/hook"
+    with pytest.raises(BlockedAddressError):
+        make_spec("hello", {"callback_url": "https://10.0.0.1/"}, develop)
 
 
 @pytest.mark.parametrize(("field", "options"), REFUSED)

@@ -71,7 +71,9 @@ class Builder:
         emit = emit_to([LogHook(), observers.metrics, observers.watchdog.hear])
         breakers = Breakers.of(fleet, calls=calls, emit=emit)
         exchange = BreakerExchange(breakers, settings.broker_url.get_secret_value())
+        await exchange.exchange()  # so that the first call knows of a breaker that is open
         exchanging = asyncio.create_task(exchange.run())
+        deliverer = build_deliverer(settings, emit)
         endings = Endings(
             database=database,
             fleet=fleet,
@@ -114,7 +116,6 @@ class Builder:
         )
         heartbeat = Heartbeat(beats, claims, lease_s=settings.lease_s, on_loop=loop.call)
         vitals = observers.vitals([database, beats])
-        deliverer = build_deliverer(settings, emit)
 
         async def close() -> None:
             await exchange.aclose()

@@ -254,9 +254,11 @@ class Caller:
         first.calls += 1  # a request that jobs share is counted on the first of them
         started = time.perf_counter()
         try:
-            limit_s = min(candidate.timeouts.timeout_ms / 1000, left_s)
-            answers = await self._call_within(limit_s, candidate, works)
+            limit_s = candidate.timeouts.timeout_ms / 1000
+            answers = await self._call_within(min(limit_s, left_s), candidate, works)
             ok = self._take_note(candidate, works, answers)
+            if not ok and left_s < limit_s:
+                ok = None  # it had less time than it may take: the job's deadline is not its fault
         finally:
             self._breakers.ended(permit, ok=ok)
         elapsed_ms = (time.perf_counter() - started) * 1000
