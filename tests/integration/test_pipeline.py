@@ -147,10 +147,11 @@ class Rig:
             ring=self.ring,
             emit=self.events.append,
         )
+        self.breakers = Breakers.of(self.fleet, calls=calls, emit=self.events.append)
         self.caller = Caller(
             database=self.database,
             fleet=self.fleet,
-            breakers=Breakers.of(self.fleet, calls=calls, emit=self.events.append),
+            breakers=self.breakers,
             claims=self.claims,
             endings=self.endings,
             calls=calls,
@@ -720,6 +721,66 @@ class TestSpending:
 
         assert rig.providers["second"].calls == []
         assert rig.state(job.id) == "cancelled"
+
+
+class TestBreakers:
+    async def test_failures_leave_the_deployment_alone_and_the_next_is_asked(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig(calls=30)
+
+        async def fail(call: Call) -> list[Answer]:
+            raise ProviderError("no", code="http_500", status=500)
+
+        rig.provider.behaviour = fail
+        jobs = [spec(f"{n}") for n in range(20)]
+        insert(rig.rows, *jobs)
+        await rig.settled(rig.take(*(job.id for job in jobs)))
+        (first, _) = rig.breakers.snapshot()
+        assert (first.state, first.in_flight) == ("open", 0)
+
+        late = spec("late")
+        insert(rig.rows, late)
+        await rig.settled(rig.take(late.id))
+
+        (row,) = result_rows(rig.rows, late.id)
+        assert (row["state"], row["deployment"], row["calls"]) == ("succeeded", "second", 1)
+        assert len(rig.provider.calls) == 20
+
+    async def test_a_jobs_own_deadline_says_nothing_about_the_deployment(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig(calls=30)
+        rig.provider.behaviour = hang
+        jobs = [spec(f"{n}", deadline_s=0.3) for n in range(25)]
+        insert(rig.rows, *jobs)
+        await rig.settled(rig.take(*(job.id for job in jobs)))
+
+        assert {rig.state(job.id) for job in jobs} == {"expired"}
+        (first, _) = rig.breakers.snapshot()
+        assert (first.state, first.in_flight) == ("closed", 0)
+
+    async def test_a_key_that_is_used_up_is_called_once_and_its_job_waits(
+        self, make_rig: MakeRig
+    ) -> None:
+        rig = make_rig(calls=1)
+
+        async def used_up(call: Call) -> list[Answer]:
+            raise ProviderError("no", code="insufficient_quota", status=429)
+
+        for provider in rig.providers.values():
+            provider.behaviour = used_up
+        jobs = [spec(f"{n}", deadline_s=3600) for n in range(2)]
+        insert(rig.rows, *jobs)
+        for job in jobs:
+            await rig.settled(rig.take(job.id))
+
+        assert [len(provider.calls) for provider in rig.providers.values()] == [1, 1]
+        rows = [job_row(rig.rows, job.id) for job in jobs]
+        assert [(row["state"], row["attempt"], row["calls"]) for row in rows] == [
+            ("queued", 0, 0)
+        ] * 2
+        assert [row["last_error"]["code"] for row in rows] == ["insufficient_quota", "key_stopped"]
 
 
 class TestUnknownOutcomes:

@@ -257,7 +257,7 @@ class Caller:
             limit_s = candidate.timeouts.timeout_ms / 1000
             answers = await self._call_within(min(limit_s, left_s), candidate, works)
             ok = self._take_note(candidate, works, answers)
-            if not ok and left_s < limit_s:
+            if ok is False and left_s < limit_s and time.perf_counter() - started >= left_s:
                 ok = None  # it had less time than it may take: the job's deadline is not its fault
         finally:
             self._breakers.ended(permit, ok=ok)
