@@ -86,6 +86,8 @@ class JobSpec:
             or `input`, and parameters such as `max_tokens`; never the model.
         input_tokens: A cheap estimate, used to size batches.
         deadline_s: Seconds from the insert until the job expires.
+        stream: True if its tokens are to be read as they come.
+        batch_id: The API's batch that the job is a line of.
     """
 
     id: uuid.UUID
@@ -102,6 +104,8 @@ class JobSpec:
     idempotency_key: str | None = None
     callback_url: str | None = None
     on_unknown: OnUnknown = OnUnknown.RETRY
+    stream: bool = False
+    batch_id: uuid.UUID | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +136,7 @@ class ClaimedJob:
     on_unknown: OnUnknown
     queued_ms: float
     remaining_s: float
+    stream: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,8 +244,10 @@ class Result:
             is shown as U+FFFD here and kept as it came in `response`.
         response: The provider's whole response, decoded.
         cost_usd: US dollars for all calls of the final attempt; None where no price is known.
+        batch_id: Of the worker's batch that it was claimed in.
         queued_ms: Milliseconds the job waited for its (last) claim.
         total_ms: Milliseconds from its acceptance to its end.
+        unknown_calls: Calls of all attempts whose outcome (and bill) nobody knows.
     """
 
     job_id: uuid.UUID
@@ -266,6 +273,7 @@ class Result:
     metadata: dict[str, Any]
     created_at: dt.datetime
     finished_at: dt.datetime
+    unknown_calls: int = 0
 
     @property
     def succeeded(self) -> bool:

@@ -78,6 +78,23 @@ class Settings(BaseSettings):
         callback_endpoint_concurrency: Callbacks that the whole fleet posts to one endpoint at once.
         callback_poll_s: Seconds between a worker's looks for callbacks that are due.
         public_url: Where clients reach the fleet's API; callbacks link to results there.
+        api_max_body_bytes: Bytes that one request to the API may have; uploads of many jobs and
+            of files are not limited by it.
+        api_max_line_bytes: Bytes of one job of an upload of many.
+        api_body_memory_bytes: Bytes of bodies that an API process holds at once.
+        api_max_prompts: Prompts that one request may hold where it takes a list of them.
+        api_max_prompt_tokens: Tokens (estimated) of one prompt.
+        api_max_submissions: Requests that submit at once, in an API process.
+        api_max_uploads: Of those, uploads of many jobs.
+        api_max_waiting: Requests that wait for results or stream tokens at once, in an API process.
+        api_max_waiting_per_tenant: The same, of one tenant.
+        api_max_queued: Jobs of the whole fleet that are not final, beyond which the API accepts no
+            more; 0 for any number.
+        api_max_queued_per_tenant: The same, of one tenant.
+        api_drain_s: Seconds that an API process's requests have to end after SIGTERM.
+        api_keep_alive_s: Seconds without an event after which a stream sends a comment.
+        api_keyless: Lets the API serve this very machine without a key, as `tenant`.
+        operator_tenant: Whose keys with the scope admin manage the keys of all tenants.
     """
 
     model_config = SettingsConfigDict(env_prefix="PROMPTFLEET_", extra="ignore", frozen=True)
@@ -112,6 +129,21 @@ class Settings(BaseSettings):
     callback_endpoint_concurrency: Annotated[int, Field(ge=1)] = 10
     callback_poll_s: Seconds = 1.0
     public_url: Annotated[str, AfterValidator(_public_url)] = ""
+    api_keyless: bool = False
+    api_max_body_bytes: Annotated[int, Field(ge=1_024)] = 32 * 1024 * 1024
+    api_max_line_bytes: Annotated[int, Field(ge=1_024)] = 8 * 1024 * 1024
+    api_body_memory_bytes: Annotated[int, Field(ge=1_024)] = 256 * 1024 * 1024
+    api_max_prompts: Annotated[int, Field(ge=1)] = 2_048
+    api_max_prompt_tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    api_max_submissions: Annotated[int, Field(ge=1)] = 512
+    api_max_uploads: Annotated[int, Field(ge=1)] = 16
+    api_max_waiting: Annotated[int, Field(ge=1)] = 4_000
+    api_max_waiting_per_tenant: Annotated[int, Field(ge=1)] = 2_000
+    api_max_queued: Annotated[int, Field(ge=0)] = 2_000_000
+    api_max_queued_per_tenant: Annotated[int, Field(ge=0)] = 1_000_000
+    api_drain_s: Seconds = 25.0
+    api_keep_alive_s: Seconds = 15.0
+    operator_tenant: str = ""
 
     @property
     def cache_server_url(self) -> str:

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import IntegrityError
 from tests.rows import (
     ago,
@@ -50,7 +51,7 @@ from promptfleet_shared.store.finishing import finish
 from promptfleet_shared.store.results import read_results, request_cancel, states
 from promptfleet_shared.store.submissions import insert_jobs
 from promptfleet_shared.store.sweeping import Sweep, prune, silent_doorbells
-from promptfleet_shared.store.tables import metadata
+from promptfleet_shared.store.tables import Xid8, metadata
 
 TENANT = "default"
 
@@ -972,7 +973,10 @@ class TestMigrations:
         with admin.connect() as connection:
             connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
-    def test_lead_to_the_tables(self, database: sa.Engine) -> None:
+    def test_lead_to_the_tables(
+        self, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(PGDialect.ischema_names, "xid8", Xid8)
         with database.connect() as connection:
             context = MigrationContext.configure(
                 connection, opts={"compare_type": True, "compare_server_default": True}

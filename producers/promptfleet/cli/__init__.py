@@ -7,11 +7,14 @@ from typing import Annotated
 import typer
 
 from promptfleet.cli import (
+    api,
+    callbacks,
     config,
     demo,
     doctor,
     environment_command,
     jobs,
+    keys,
     servers,
     status,
     submit,
@@ -41,10 +44,13 @@ app.command(rich_help_panel=_JOBS)(jobs.cancel)
 app.command(rich_help_panel=_FLEET)(demo.demo)
 app.command(rich_help_panel=_FLEET)(servers.dev)
 app.command(rich_help_panel=_FLEET, context_settings=_EXTRA_ARGUMENTS)(servers.worker)
+app.command(rich_help_panel=_FLEET)(api.api)
 app.command(rich_help_panel=_FLEET)(servers.migrate)
 app.command(rich_help_panel=_CHECKS)(status.status)
 app.command(rich_help_panel=_CHECKS)(doctor.doctor)
 app.command("env", rich_help_panel=_CHECKS)(environment_command.env)
+app.add_typer(callbacks.app, name="callbacks", rich_help_panel=_CHECKS)
+app.add_typer(keys.app, name="keys", rich_help_panel=_CHECKS)
 app.add_typer(config.app, name="config", rich_help_panel=_CHECKS)
 
 

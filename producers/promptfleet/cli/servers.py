@@ -124,9 +124,12 @@ def migrate(*, as_json: JsonFlag = False, data_dir: DataDir = DEFAULT_DATA_DIR) 
     settings = find_settings(data_dir)
     version = migrate_database(settings.database_url.get_secret_value())
     if as_json:
-        print_json({"revision": version})
+        print_json({"revision": version.current, "tenants_walled": version.gap is None})
     else:
-        print_text(f"The database is at revision {version}, the newest.")
+        print_text(f"The database is at revision {version.current}, the newest.")
+    if version.gap is not None:
+        note(f"Postgres does not wall tenants off from each other: {version.gap}.")
+        note("All else works; docs/howto/separate-database-roles.md tells how to raise the wall.")
 
 
 def choose_provider(wanted: str | None, settings: Settings) -> LocalProvider | None:
@@ -238,6 +241,7 @@ def _rows(addresses: Addresses) -> Iterator[tuple[str, str]]:
         yield "provider", addresses.provider_url
     if addresses.flower_url is not None:
         yield "Flower", addresses.flower_url
+    yield "callbacks", "signed with PROMPTFLEET_CALLBACK_SECRETS, which `promptfleet env` shows"
 
 
 def _show_environment(

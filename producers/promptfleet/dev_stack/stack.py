@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -23,11 +24,16 @@ from promptfleet.dev_stack.processes import wait_until
 from promptfleet.dev_stack.supervisor import ChildSpec, ChildState, Supervisor
 from promptfleet.dev_stack.valkey import EmbeddedValkey
 from promptfleet_shared.fleet import Fleet, load_fleet
+from promptfleet_shared.signing import new_secret
 from promptfleet_shared.tiers import DEFAULT_TIERS, queue_name
+
+if TYPE_CHECKING:
+    from promptfleet_shared.store.migrating import SchemaVersion
 
 FLOWER_PORT = 5555
 READY_TIMEOUT_S = 60.0
 ENVIRONMENT_FILE = "env"
+SECRET_FILE = "callback.secret"  # noqa: S105 - a name
 _FLOWER_FLAGS = ("--logging=error", "--read_only=True", "--inspect_timeout=3000")
 _STARTS_TO_BELIEVE = 3
 _PING_S = 0.5
@@ -74,6 +80,7 @@ class Addresses:
     config: Path
     provider_url: str | None
     flower_url: str | None
+    callback_secrets: str = field(repr=False)
 
     def environment(self) -> dict[str, str]:
         """The variables under which every promptfleet process finds this fleet."""
@@ -81,6 +88,11 @@ class Addresses:
             "PROMPTFLEET_DATABASE_URL": self.database_url,
             "PROMPTFLEET_BROKER_URL": self.broker_url,
             "PROMPTFLEET_CONFIG": str(self.config),
+            "PROMPTFLEET_CALLBACK_SECRETS": self.callback_secrets,
+            # Here, the receivers under development are on this machine, too.
+            "PROMPTFLEET_CALLBACK_ALLOW_LOOPBACK": os.environ.get(
+                "PROMPTFLEET_CALLBACK_ALLOW_LOOPBACK", "true"
+            ),
         }
         if self.flower_url is not None:
             values["PROMPTFLEET_FLOWER_URL"] = self.flower_url
@@ -157,11 +169,20 @@ class DevStack:
             config=config,
             provider_url=None if provider_port is None else _http(provider_port, "/v1"),
             flower_url=None if flower_port is None else _http(flower_port),
+            callback_secrets=os.environ.get("PROMPTFLEET_CALLBACK_SECRETS") or self._secret(),
         )
         if provider_port is not None:
             self._start_provider(provider_port)
         self._start_workers(fleet, flower_port)
         self._write_environment()
+
+    def _secret(self) -> str:
+        """The secret that callbacks are signed with; made once for this directory."""
+        known = self._directory.read(SECRET_FILE)
+        if known is None:
+            known = new_secret()
+            self._directory.write(SECRET_FILE, known)
+        return known
 
     def _start_server(self, kind: type[EmbeddedPostgres | EmbeddedValkey]) -> str:
         server = kind(self._directory.path / kind.name)
@@ -312,8 +333,8 @@ def flower_command(port: int, *, extra: Sequence[str] = ()) -> list[str]:
     return [*celery, "flower", f"--address={LOOPBACK}", f"--port={port}", *extra]
 
 
-def migrate_database(url: str) -> str | None:
-    """Bring the database to the newest schema; its revision.
+def migrate_database(url: str) -> SchemaVersion:
+    """Bring the database to the newest schema; where it stands then.
 
     Raises:
         StoreUnavailableError: It can't be reached.
@@ -325,7 +346,7 @@ def migrate_database(url: str) -> str | None:
     engine = make_engine(url, application_name="promptfleet-migrate", pool_size=1)
     try:
         with store_errors():
-            return migrate(engine).current
+            return migrate(engine)
     finally:
         engine.dispose()
 

@@ -46,7 +46,7 @@ UPDATE jobs SET state = 'running', fence = fence + 1, attempt = attempt + 1,
 RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, priority, cache,
           attempt, deferrals, calls, on_unknown,
           greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
-          extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s
+          extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s, stream
 """)
 
 # Beats come often, to hear of cancellations, but write only where a third of the lease is over:
@@ -150,6 +150,7 @@ def _claimed(row: Any) -> ClaimedJob:
         on_unknown=OnUnknown(row[13]),
         queued_ms=row[14],
         remaining_s=row[15],
+        stream=row[16],
     )
 
 

@@ -32,18 +32,20 @@ WITH input AS (
            last_error = coalesce(input.error, last_error)
       FROM locked JOIN input ON locked.id = job_id AND locked.fence = held_fence
      WHERE jobs.id = locked.id
-    RETURNING jobs.id, jobs.fence, tenant, tier, attempt, jobs.calls AS all_calls, metadata,
-              callback_url, created_at, finished_at
+    RETURNING jobs.id, jobs.fence, tenant, tier, attempt, jobs.calls AS all_calls,
+              jobs.unknown_calls AS all_unknown_calls, metadata, callback_url, created_at,
+              finished_at, jobs.batch_id AS api_batch_id
 ), result AS (
     INSERT INTO results (job_id, tenant, tier, state, text, response, finish_reason, error, model,
                          provider, deployment, input_tokens, cached_tokens, output_tokens,
                          reasoning_tokens, cost_usd, cache, attempts, calls, batch_id, batch_size,
-                         queued_ms, provider_ms, total_ms, metadata, created_at, finished_at)
+                         queued_ms, provider_ms, total_ms, metadata, created_at, finished_at,
+                         unknown_calls, api_batch_id)
     SELECT job_id, tenant, tier, state, text, CAST(response AS json), finish_reason, error, model,
            provider, deployment, input_tokens, cached_tokens, output_tokens, reasoning_tokens,
            cost_usd, cache, attempt, all_calls, batch_id, batch_size, queued_ms, provider_ms,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
-           finished_at
+           finished_at, all_unknown_calls, api_batch_id
       FROM done JOIN input ON id = job_id AND fence = held_fence
 ), paid AS (
     INSERT INTO ledger (job_id, tenant, tier, model, provider, deployment, calls, unknown_calls,

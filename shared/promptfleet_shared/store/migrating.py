@@ -11,16 +11,23 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from promptfleet_shared.store.row_security import raise_wall
+
 # Any number that is ours: two migrators at once would both try to create the same tables.
 _LOCK = sa.text("SELECT pg_advisory_xact_lock(7046811921)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SchemaVersion:
-    """The database's revision (None: no tables) and the newest that this release knows."""
+    """The database's revision (None: no tables) and the newest that this release knows.
+
+    Attributes:
+        gap: After a migration: why tenants are not walled off from each other by Postgres, too.
+    """
 
     current: str | None
     newest: str
+    gap: str | None = None
 
     @property
     def is_current(self) -> bool:
@@ -29,13 +36,17 @@ class SchemaVersion:
 
 
 def migrate(engine: sa.Engine) -> SchemaVersion:
-    """Run every outstanding migration in one transaction, or none of them."""
+    """Run every outstanding migration in one transaction, or none of them.
+
+    Then raise the walls between tenants, where this login may; see `row_security`.
+    """
     with engine.begin() as connection:
         connection.execute(_LOCK)
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
-        return _version(connection)
+        wall = raise_wall(connection)
+        return dataclasses.replace(_version(connection), gap=wall.gap)
 
 
 def schema_version(connection: sa.Connection) -> SchemaVersion:

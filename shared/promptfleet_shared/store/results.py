@@ -27,14 +27,14 @@ WITH locked AS MATERIALIZED (
            state = CASE state WHEN 'queued' THEN 'cancelled' ELSE state END,
            finished_at = CASE state WHEN 'queued' THEN clock_timestamp() END
       FROM locked WHERE id = job_id
-    RETURNING id, tenant, tier, state, attempt, calls, metadata, callback_url, created_at,
-              finished_at
+    RETURNING id, tenant, tier, state, attempt, calls, unknown_calls, metadata, callback_url,
+              created_at, finished_at, batch_id
 ), result AS (
-    INSERT INTO results (job_id, tenant, tier, state, attempts, calls, total_ms, metadata,
-                         created_at, finished_at)
-    SELECT id, tenant, tier, state, attempt, calls,
+    INSERT INTO results (job_id, tenant, tier, state, attempts, calls, unknown_calls, total_ms,
+                         metadata, created_at, finished_at, api_batch_id)
+    SELECT id, tenant, tier, state, attempt, calls, unknown_calls,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
-           finished_at
+           finished_at, batch_id
       FROM asked WHERE finished_at IS NOT NULL
 ), outbox AS (
     INSERT INTO callbacks (job_id, tenant, url, event)
@@ -43,6 +43,11 @@ WITH locked AS MATERIALIZED (
 )
 SELECT id FROM asked
 """)
+
+RESULT_COLUMNS = [
+    column for column in results.c if column.name not in {"tenant", "landed", "api_batch_id"}
+]
+"""What a `Result` is made of."""
 
 
 def states(
@@ -59,11 +64,11 @@ def read_results(
     connection: sa.Connection, ids: Sequence[uuid.UUID], *, tenant: str
 ) -> dict[uuid.UUID, Result]:
     """The results of those of the jobs that are final."""
-    query = sa.select(results).where(
+    query = sa.select(*RESULT_COLUMNS).where(
         results.c.job_id == sa.any_(sa.literal(list(ids), sa.ARRAY(sa.Uuid))),
         results.c.tenant == tenant,
     )
-    return {row.job_id: _result(row) for row in connection.execute(query)}
+    return {row.job_id: result_of(row) for row in connection.execute(query)}
 
 
 def request_cancel(
@@ -84,7 +89,8 @@ def job_error(record: dict[str, Any] | None) -> JobError | None:
     return JobError(code=record["code"], message=record["message"], status=record.get("status"))
 
 
-def _result(row: Any) -> Result:
+def result_of(row: Any) -> Result:
+    """A result from its row."""
     return Result(
         job_id=row.job_id,
         state=JobState(row.state),
@@ -114,4 +120,5 @@ def _result(row: Any) -> Result:
         metadata=row.metadata or {},
         created_at=row.created_at,
         finished_at=row.finished_at,
+        unknown_calls=row.unknown_calls,
     )

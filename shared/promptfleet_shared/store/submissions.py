@@ -22,14 +22,15 @@ WITH input AS (
     SELECT * FROM json_to_recordset(CAST(:records AS json)) AS r (
         id uuid, tenant text, tier text, kind text, model text, request text, input_tokens int,
         priority smallint, cache jsonb, metadata jsonb, idempotency_key text,
-        request_digest text, callback_url text, on_unknown text, deadline_s float8)
+        request_digest text, callback_url text, on_unknown text, stream boolean, batch_id uuid,
+        deadline_s float8)
 ), clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
 INSERT INTO jobs (id, tenant, tier, kind, model, request, input_tokens, priority, cache, metadata,
-                  idempotency_key, request_digest, callback_url, on_unknown, created_at, run_at,
-                  rung_at, deadline, sweep_at)
+                  idempotency_key, request_digest, callback_url, on_unknown, stream, batch_id,
+                  created_at, run_at, rung_at, deadline, sweep_at)
 SELECT id, tenant, tier, kind, model, CAST(request AS json), input_tokens, priority, cache,
        metadata, idempotency_key, decode(request_digest, 'hex'), callback_url,
-       coalesce(on_unknown, 'retry'), now, now, now,
+       coalesce(on_unknown, 'retry'), coalesce(stream, false), batch_id, now, now, now,
        now + deadline_s * interval '1 second',
        now + least(deadline_s, :ring_grace_s) * interval '1 second'
   FROM input, clock
@@ -165,6 +166,8 @@ def _record(spec: JobSpec, digest: str | None) -> dict[str, Any]:
         "request_digest": digest,
         "callback_url": spec.callback_url,
         "on_unknown": None if spec.on_unknown is OnUnknown.RETRY else spec.on_unknown,
+        "stream": spec.stream or None,
+        "batch_id": spec.batch_id,
     }
     record.update((name, value) for name, value in optional.items() if value is not None)
     return record

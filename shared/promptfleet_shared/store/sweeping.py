@@ -63,12 +63,12 @@ WITH due AS MATERIALIZED (
       FROM due WHERE id = job_id
     RETURNING jobs.*, verdict, charged
 ), result AS (
-    INSERT INTO results (job_id, tenant, tier, state, error, attempts, calls, total_ms, metadata,
-                         created_at, finished_at)
+    INSERT INTO results (job_id, tenant, tier, state, error, attempts, calls, unknown_calls,
+                         total_ms, metadata, created_at, finished_at, api_batch_id)
     SELECT id, tenant, tier, state, CASE WHEN state <> 'cancelled' THEN last_error END, attempt,
-           calls,
+           calls, unknown_calls,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
-           finished_at
+           finished_at, batch_id
       FROM moved WHERE finished_at IS NOT NULL
 ), paid AS (
     INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls)

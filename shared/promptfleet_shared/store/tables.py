@@ -9,6 +9,19 @@ from sqlalchemy.dialects import postgresql as pg
 
 from promptfleet_shared.jobs import FINAL_STATES, CacheStatus, JobKind, JobState, OnUnknown
 
+FILE_STATES = ("uploading", "uploaded", "processed", "error")
+BATCH_STATES = (
+    "validating",
+    "failed",
+    "in_progress",
+    "finalizing",
+    "completed",
+    "expired",
+    "cancelling",
+    "cancelled",
+)
+KEY_SCOPES = ("submit", "read", "admin")
+
 metadata = sa.MetaData(
     naming_convention={
         "pk": "%(table_name)s_pkey",
@@ -34,6 +47,16 @@ def _instant(name: str, *, nullable: bool = False) -> sa.Column[dt.datetime]:
 
 def _text(name: str, *, nullable: bool = False, default: str | None = None) -> sa.Column[str]:
     return sa.Column(name, sa.Text, nullable=nullable, server_default=default)
+
+
+class Xid8(sa.types.UserDefinedType[str]):
+    """A transaction's number, which never comes again: Postgres' `xid8`."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """The type's name in DDL."""
+        return "xid8"
 
 
 def _usage() -> list[sa.Column[int]]:
@@ -81,6 +104,9 @@ jobs = sa.Table(
     sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("last_error", pg.JSONB),
     _instant("finished_at", nullable=True),
+    sa.Column("stream", sa.Boolean, nullable=False, server_default=sa.false()),
+    # The API's batch that the job is a line of; the workers' batches are in the results.
+    sa.Column("batch_id", pg.UUID),
     _one_of("state", JobState),
     _one_of("kind", JobKind),
     _one_of("on_unknown", OnUnknown),
@@ -97,6 +123,8 @@ jobs = sa.Table(
         unique=True,
         postgresql_where=sa.text("idempotency_key IS NOT NULL"),
     ),
+    sa.Index("jobs_tenant_idx", "tenant", "id"),
+    sa.Index("jobs_batch_idx", "batch_id", postgresql_where=sa.text("batch_id IS NOT NULL")),
 )
 
 # No foreign key to jobs: its check would take a row lock on the job that the same statement has
@@ -128,8 +156,21 @@ results = sa.Table(
     sa.Column("metadata", pg.JSONB),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     _instant("finished_at"),
+    _counter("unknown_calls"),
+    # The transaction that wrote the row: what readers in landing order go by; see `listing`.
+    sa.Column("landed", Xid8, nullable=False, server_default=sa.text("pg_current_xact_id()")),
+    # The job's batch of the API; `batch_id` is the worker's.
+    sa.Column("api_batch_id", pg.UUID),
     _one_of("state", FINAL_STATES),
     _one_of("cache", CacheStatus),
+    sa.Index("results_landed_idx", "tenant", "landed", "job_id"),
+    sa.Index(
+        "results_batch_idx",
+        "api_batch_id",
+        "landed",
+        "job_id",
+        postgresql_where=sa.text("api_batch_id IS NOT NULL"),
+    ),
 )
 
 # What was paid, and what may have been: a row for each finished or released claim that called.
@@ -156,7 +197,8 @@ callbacks = sa.Table(
     "callbacks",
     metadata,
     sa.Column("id", pg.UUID, primary_key=True, server_default=sa.text("gen_random_uuid()")),
-    sa.Column("job_id", pg.UUID, nullable=False),
+    # The job that it tells of; null where it has a payload of its own.
+    sa.Column("job_id", pg.UUID),
     _text("tenant"),
     _text("url"),
     # The URL without its query: what is slowed down, paused and disabled as one.
@@ -172,11 +214,28 @@ callbacks = sa.Table(
     _instant("lease_until", nullable=True),
     sa.Column("last_status", sa.Integer),
     _text("last_error", nullable=True),
+    # When its schedule began: with its row, or at its last replay.
+    _instant("begun_at"),
+    # What it says, for what is no job's end.
+    sa.Column("payload", pg.JSON),
+    sa.CheckConstraint("(job_id IS NULL) <> (payload IS NULL)", name="subject"),
     sa.Index("callbacks_job_idx", "job_id"),
+    # By endpoint, so that a long backlog of one hides no other's.
     sa.Index(
         "callbacks_due_idx",
+        "tenant",
+        "endpoint",
         "next_at",
         postgresql_where=sa.text("delivered_at IS NULL AND exhausted_at IS NULL"),
+    ),
+    sa.Index(
+        "callbacks_lease_idx", "lease_until", postgresql_where=sa.text("lease_until IS NOT NULL")
+    ),
+    sa.Index(
+        "callbacks_exhausted_idx",
+        "tenant",
+        "exhausted_at",
+        postgresql_where=sa.text("exhausted_at IS NOT NULL"),
     ),
 )
 
@@ -190,4 +249,133 @@ callback_endpoints = sa.Table(
     _instant("paused_until", nullable=True),
     _instant("disabled_at", nullable=True),
     sa.PrimaryKeyConstraint("tenant", "endpoint", name="callback_endpoints_pkey"),
+)
+
+# Keys of the HTTP API. Only what a key's SHA-256 is, so that nobody reads a key here.
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", pg.UUID, primary_key=True),
+    _text("tenant"),
+    _text("name", default=""),
+    _text("prefix"),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("scopes", pg.ARRAY(sa.Text), nullable=False),
+    _instant("created_at"),
+    _instant("expires_at", nullable=True),
+    _instant("revoked_at", nullable=True),
+    # To the minute: written in batches, and seldom.
+    _instant("last_used_at", nullable=True),
+    sa.CheckConstraint("octet_length(digest) = 32", name="digest"),
+    sa.CheckConstraint(
+        "cardinality(scopes) > 0 AND scopes <@ ARRAY['submit', 'read', 'admin']", name="scopes"
+    ),
+    sa.Index("api_keys_digest_idx", "digest", unique=True),
+    sa.Index("api_keys_tenant_idx", "tenant", "id"),
+)
+
+# Files that clients uploaded for batches, and those that batches wrote.
+files = sa.Table(
+    "files",
+    metadata,
+    sa.Column("id", pg.UUID, primary_key=True),
+    _text("tenant"),
+    _text("purpose"),
+    _text("filename"),
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"),
+    _text("status", default="uploading"),
+    _instant("created_at"),
+    _instant("expires_at", nullable=True),
+    _one_of("status", FILE_STATES),
+    sa.CheckConstraint("bytes >= 0", name="bytes"),
+    sa.Index("files_tenant_idx", "tenant", "id"),
+    sa.Index("files_expires_idx", "expires_at", postgresql_where=sa.text("expires_at IS NOT NULL")),
+)
+
+# A file's content, a piece a row, so that neither side ever holds the whole.
+file_chunks = sa.Table(
+    "file_chunks",
+    metadata,
+    sa.Column("file_id", pg.UUID, nullable=False),
+    sa.Column("n", sa.Integer, nullable=False),
+    _text("tenant"),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.PrimaryKeyConstraint("file_id", "n", name="file_chunks_pkey"),
+    sa.ForeignKeyConstraint(
+        ["file_id"], ["files.id"], name="file_chunks_file_fkey", ondelete="CASCADE"
+    ),
+)
+
+# Batches of the HTTP API, as OpenAI's Batch object has them; who moves one on holds its lease.
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("id", pg.UUID, primary_key=True),
+    _text("tenant"),
+    _text("endpoint"),
+    sa.Column("input_file_id", pg.UUID, nullable=False),
+    sa.Column("output_file_id", pg.UUID),
+    sa.Column("error_file_id", pg.UUID),
+    _text("status", default="validating"),
+    _counter("total"),
+    _counter("completed"),
+    _counter("failed"),
+    sa.Column("metadata", pg.JSONB),
+    sa.Column("completion_window_s", sa.Integer, nullable=False, server_default="86400"),
+    _text("callback_url", nullable=True),
+    sa.Column("errors", pg.JSONB),
+    _instant("created_at"),
+    _instant("in_progress_at", nullable=True),
+    _instant("finalizing_at", nullable=True),
+    _instant("completed_at", nullable=True),
+    _instant("failed_at", nullable=True),
+    _instant("expired_at", nullable=True),
+    _instant("cancelling_at", nullable=True),
+    _instant("cancelled_at", nullable=True),
+    sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+    _text("lease_owner", nullable=True),
+    _instant("lease_until", nullable=True),
+    # The first line of the input file that is not a job yet.
+    _counter("next_line"),
+    # A line that asks for several things at once is as many jobs.
+    _counter("jobs"),
+    # The one that all lines name; null where they name several.
+    _text("model", nullable=True),
+    sa.Column("usage", pg.JSONB),
+    sa.Column("output_ttl_s", sa.Integer),
+    _text("idempotency_key", nullable=True),
+    _one_of("status", BATCH_STATES),
+    sa.CheckConstraint(
+        "completed >= 0 AND failed >= 0 AND completed + failed <= total", name="counts"
+    ),
+    sa.Index("batches_tenant_idx", "tenant", "id"),
+    sa.Index(
+        "batches_open_idx",
+        "id",
+        postgresql_where=sa.text(
+            "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
+        ),
+    ),
+    sa.Index(
+        "batches_idempotency_idx",
+        "tenant",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=sa.text("idempotency_key IS NOT NULL"),
+    ),
+)
+
+# A line of a batch's input: its jobs, or why it has none. No foreign key, as for results: 50,000
+# lines come in one go, with their batch.
+batch_lines = sa.Table(
+    "batch_lines",
+    metadata,
+    sa.Column("batch_id", pg.UUID, nullable=False),
+    sa.Column("n", sa.Integer, nullable=False),
+    _text("tenant"),
+    _text("custom_id"),
+    sa.Column("job_ids", pg.ARRAY(pg.UUID)),
+    sa.Column("error", pg.JSONB),
+    sa.PrimaryKeyConstraint("batch_id", "n", name="batch_lines_pkey"),
+    sa.Index("batch_lines_custom_idx", "batch_id", "custom_id", unique=True),
 )
