@@ -13,6 +13,7 @@ from promptfleet.default_client import (
 from promptfleet.handles import AsyncPromptJob, PromptJob
 from promptfleet.options import PromptOptions
 from promptfleet.requests import Message, Prompt
+from promptfleet.streaming import Token
 from promptfleet_shared.errors import (
     BlockedAddressError,
     BrokerUnavailableError,
@@ -71,6 +72,7 @@ __all__ = [
     "Result",
     "StoreRefusedError",
     "StoreUnavailableError",
+    "Token",
     "Usage",
     "WaitTimeoutError",
     "cancel",

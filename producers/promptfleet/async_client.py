@@ -13,6 +13,7 @@ from promptfleet.backends import AsyncBackend, substitute
 from promptfleet.handles import AsyncPromptJob
 from promptfleet.options import PromptOptions
 from promptfleet.requests import Prompt, PromptInput, job_id, job_ids, make_spec, make_specs
+from promptfleet.streaming import AsyncTokens, follow_async
 from promptfleet.waiting import Watch
 from promptfleet_shared.errors import JobNotFoundError, PromptFleetError
 from promptfleet_shared.jobs import JobState, Result
@@ -150,6 +151,16 @@ class AsyncClient:
                 yield result
             if len(ended) < len(pending):
                 await self._sleep(watch.pause())
+
+    def tokens(
+        self,
+        id: uuid.UUID | str,  # noqa: A002
+        timeout: float | None = None,
+    ) -> AsyncTokens:
+        """The job's text as it comes, for `async for`; see `PromptJob.tokens`."""
+        wanted = job_id(id)
+        watch = Watch([wanted], timeout, clock=self._clock)
+        return AsyncTokens(follow_async(self._backend(), wanted, watch, self._clock))
 
     async def cancel(self, id: uuid.UUID | str) -> bool:  # noqa: A002
         """Ask for the job's cancellation; see `Client.cancel`."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from promptfleet.requests import Defaults
+from promptfleet.transcripts import Transcript
 from promptfleet_shared.jobs import Doorbell, JobSpec, JobState, Result
 
 
@@ -22,6 +24,32 @@ class Lookup:
 
     results: dict[uuid.UUID, Result]
     states: dict[uuid.UUID, JobState]
+
+
+class TokenSource(Protocol):
+    """Where one job's tokens come from."""
+
+    @property
+    def transcript(self) -> Transcript:
+        """What was read."""
+        ...
+
+    def read(self, wait_s: float) -> bool:
+        """Read what has come, waiting so long for it; false if that is nothing. Raises nothing."""
+        ...
+
+
+class AsyncTokenSource(Protocol):
+    """The same for asynchronous callers; see `TokenSource`."""
+
+    @property
+    def transcript(self) -> Transcript:
+        """What was read."""
+        ...
+
+    async def read(self, wait_s: float) -> bool:
+        """Read what has come, waiting so long for it; false if that is nothing. Raises nothing."""
+        ...
 
 
 class Backend(Protocol):
@@ -57,6 +85,10 @@ class Backend(Protocol):
         """Ask for cancellation; those that were not final yet."""
         ...
 
+    def token_source(self, job_id: uuid.UUID) -> AbstractContextManager[TokenSource]:
+        """Where the tokens of a job come from; it was looked up before, so it is the tenant's."""
+        ...
+
     def close(self) -> None:
         """Ring what is left and give connections back."""
         ...
@@ -82,6 +114,10 @@ class AsyncBackend(Protocol):
 
     async def cancel(self, ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
         """Ask for cancellation; those that were not final yet."""
+        ...
+
+    def token_source(self, job_id: uuid.UUID) -> AbstractContextManager[AsyncTokenSource]:
+        """Where the tokens of a job come from; it was looked up before, so it is the tenant's."""
         ...
 
     async def close(self) -> None:

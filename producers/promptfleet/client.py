@@ -13,6 +13,7 @@ from promptfleet.backends import Backend, substitute
 from promptfleet.handles import PromptJob
 from promptfleet.options import PromptOptions
 from promptfleet.requests import Prompt, PromptInput, job_id, job_ids, make_spec, make_specs
+from promptfleet.streaming import Tokens, follow
 from promptfleet.waiting import Watch
 from promptfleet_shared.errors import JobNotFoundError, PromptFleetError
 from promptfleet_shared.jobs import JobState, Result
@@ -209,6 +210,17 @@ class Client:
             yield from ended
             if len(ended) < len(pending):
                 self._sleep(watch.pause())
+
+    def tokens(self, id: uuid.UUID | str, timeout: float | None = None) -> Tokens:  # noqa: A002
+        """The job's text as it comes, to iterate over; see `PromptJob.tokens`.
+
+        Args:
+            id: The job.
+            timeout: Seconds until its end; None waits as long as it takes.
+        """
+        wanted = job_id(id)
+        watch = Watch([wanted], timeout, clock=self._clock)
+        return Tokens(follow(self._backend(), wanted, watch, self._clock))
 
     def cancel(self, id: uuid.UUID | str) -> bool:  # noqa: A002
         """Ask for the job's cancellation.

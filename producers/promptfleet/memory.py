@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import datetime as dt
+import functools
+import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 from promptfleet.backends import Lookup
 from promptfleet.requests import Defaults
+from promptfleet.transcripts import Transcript
 from promptfleet_shared.errors import IdempotencyConflictError, InvalidRequestError
 from promptfleet_shared.jobs import JobSpec, JobState, Outcome, Result
+from promptfleet_shared.token_stream import Entry, Take
+
+_WORD = re.compile(r"\s*\S+\s*|\s+")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -84,6 +93,16 @@ class MemoryBackend:
             for id_ in open_:
                 self.finish(Outcome(job_id=id_, fence=0, state=JobState.CANCELLED))
             return open_
+
+    def token_source(self, job_id: uuid.UUID) -> contextlib.AbstractContextManager[_Canned]:
+        """See `Backend`: the text of a job with `stream` in words, once it is there."""
+        return contextlib.nullcontext(_Canned(functools.partial(self.streamed_text, job_id)))
+
+    def streamed_text(self, job_id: uuid.UUID) -> str | None:
+        """The text of a job with `stream`, once it is there."""
+        with self._lock:
+            row = self._rows[job_id]
+            return row.result.text if row.spec.stream and row.result is not None else None
 
     def close(self) -> None:
         """See `Backend`; the jobs stay."""
@@ -170,9 +189,53 @@ class AsyncMemoryBackend:
         """See `AsyncBackend`."""
         return self._backend.cancel(ids)
 
+    def token_source(self, job_id: uuid.UUID) -> contextlib.AbstractContextManager[_AsyncCanned]:
+        """See `AsyncBackend`, and `MemoryBackend`."""
+        text = functools.partial(self._backend.streamed_text, job_id)
+        return contextlib.nullcontext(_AsyncCanned(text))
+
     async def close(self) -> None:
         """See `AsyncBackend`."""
         self._backend.close()
+
+
+class _Canned:
+    """A text that is there already, in pieces; see `TokenSource`."""
+
+    def __init__(self, text: Callable[[], str | None]) -> None:
+        self.transcript = Transcript()
+        self._text = text
+
+    def read(self, wait_s: float) -> bool:
+        if not self.has_more():
+            time.sleep(wait_s)
+            return False
+        return True
+
+    def has_more(self) -> bool:
+        """Go on by a word."""
+        at = self.transcript.length
+        piece = _WORD.match(self._text() or "", at)
+        if piece is not None:
+            self.transcript.add(Entry(take=Take(1, 1), at=at, text=piece[0]))
+        return piece is not None
+
+
+class _AsyncCanned:
+    """The same; see `AsyncTokenSource`."""
+
+    def __init__(self, text: Callable[[], str | None]) -> None:
+        self._canned = _Canned(text)
+
+    @property
+    def transcript(self) -> Transcript:
+        return self._canned.transcript
+
+    async def read(self, wait_s: float) -> bool:
+        if not self._canned.has_more():
+            await asyncio.sleep(wait_s)
+            return False
+        return True
 
 
 def _digest(spec: JobSpec) -> str:

@@ -49,6 +49,7 @@ class PromptOptions(TypedDict, total=False):
         kind: "chat", "completion" or "embedding".
         on_unknown: What becomes of a job when nobody knows whether its call was answered, and
             billed: "retry", or "fail" where nothing may be done twice. "retry" without it.
+        stream: True to read the answer as it comes, by `tokens()` or `stream()` of the job.
     """
 
     tier: str | None
@@ -70,6 +71,7 @@ class PromptOptions(TypedDict, total=False):
     cache: bool | Literal["use", "refresh", "off"] | CacheOptions | None
     kind: Literal["chat", "completion", "embedding"] | JobKind | None
     on_unknown: Literal["retry", "fail"] | OnUnknown | None
+    stream: bool | None
 
 
 def refuse(field: str, accepted: str, value: object) -> NoReturn:
@@ -331,6 +333,12 @@ def _on_unknown(value: object, field: str) -> OnUnknown:
     refuse(field, "one of " + ", ".join(OnUnknown), value)
 
 
+def _stream(value: object, field: str) -> bool:
+    if not isinstance(value, bool):
+        refuse(field, "True or False", value)
+    return value
+
+
 _CHECKS: dict[str, Callable[[object, str], object]] = {
     "tier": _tier,
     "model": _name,
@@ -351,4 +359,5 @@ _CHECKS: dict[str, Callable[[object, str], object]] = {
     "cache": _cache,
     "kind": _kind,
     "on_unknown": _on_unknown,
+    "stream": _stream,
 }

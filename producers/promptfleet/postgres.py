@@ -9,7 +9,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -33,6 +33,10 @@ from promptfleet_shared.store.failures import sqlstate_of
 from promptfleet_shared.store.results import read_results, request_cancel, states
 from promptfleet_shared.store.submissions import give_up_soon, insert_jobs
 
+if TYPE_CHECKING:
+    from promptfleet.backends import AsyncTokenSource, TokenSource
+    from promptfleet.token_sources import AsyncTokenSources, TokenSources
+
 T = TypeVar("T")
 E = TypeVar("E", sa.Engine, AsyncEngine)
 
@@ -53,8 +57,9 @@ class _Servers(Generic[E]):
         self, settings: Settings, engine: E | None, bell: Bell | None, make: Callable[..., E]
     ) -> None:
         fleet = load_fleet(settings.config_path)
-        self.defaults = _defaults(settings, fleet)
-        self._bell = bell or _make_ringer(settings, fleet)
+        self.defaults = make_defaults(settings, fleet)
+        self._bell = bell or make_ringer(settings, fleet)
+        self._streams_url = settings.cache_server_url
         self._own_engine = engine is None
         self._engine: E = engine or make(
             settings.database_url.get_secret_value(),
@@ -97,17 +102,18 @@ class PostgresBackend(_Servers[sa.Engine]):
         """
         super().__init__(settings, engine, bell, make_engine)
         self._sleep = sleep
+        self._tokens: TokenSources | None = None
 
     def submit(self, specs: Sequence[JobSpec], session: object | None = None) -> list[uuid.UUID]:
         """See `Backend`."""
         if session is not None:
-            with _errors():
+            with plain_errors():
                 connection = sync_connection(session)
                 ids = _insert_within(connection, specs)
             self._commit_bells.add(connection, doorbells(specs, ids))
             return ids
         tries = Resubmission()
-        with _errors(tries):
+        with plain_errors(tries):
             ids = self._insert(specs, tries)
         self._bell.ring(doorbells(specs, ids))
         return ids
@@ -120,9 +126,20 @@ class PostgresBackend(_Servers[sa.Engine]):
         """See `Backend`."""
         return self._run(lambda c: request_cancel(c, ids, tenant=self.defaults.tenant))
 
+    def token_source(self, job_id: uuid.UUID) -> contextlib.AbstractContextManager[TokenSource]:
+        """See `Backend`."""
+        if self._tokens is None:
+            # Here, since only who reads tokens needs what it imports.
+            from promptfleet.token_sources import TokenSources  # noqa: PLC0415
+
+            self._tokens = TokenSources(self._streams_url)
+        return self._tokens.of(job_id)
+
     def close(self) -> None:
         """See `Backend`."""
         self._bell.close()
+        if self._tokens is not None:
+            self._tokens.close()
         if self._own_engine:
             self._engine.dispose()
 
@@ -140,7 +157,7 @@ class PostgresBackend(_Servers[sa.Engine]):
 
     def _run(self, work: Callable[[sa.Connection], T]) -> T:
         """Run what may be repeated; once more where a pooled connection had gone stale."""
-        with _errors():
+        with plain_errors():
             try:
                 return _in_transaction(self._single, work)
             except exc.DBAPIError as error:
@@ -159,10 +176,21 @@ class AsyncPostgresBackend(_Servers[AsyncEngine]):
         engine: AsyncEngine | None = None,
         bell: Bell | None = None,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+        prepare: Callable[[sa.Connection, str], None] | None = None,
     ) -> None:
-        """Connect to nothing yet; the parameters are those of `PostgresBackend`."""
+        """Connect to nothing yet; the parameters are those of `PostgresBackend`, and one more.
+
+        Args:
+            settings: Of the process.
+            engine: The caller's own; by default one is made, and closed by `close`.
+            bell: By default a `Ringer` on the broker.
+            sleep: Waits so many seconds before a repeat.
+            prepare: Given each connection before jobs are inserted on it, and their tenant.
+        """
         super().__init__(settings, engine, bell, make_async_engine)
         self._sleep = sleep
+        self._prepare = prepare
+        self._tokens: AsyncTokenSources | None = None
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
 
     async def submit(
@@ -172,7 +200,7 @@ class AsyncPostgresBackend(_Servers[AsyncEngine]):
         if session is not None:
             return await self._submit_within(specs, session)
         tries = Resubmission()
-        with _errors(tries):
+        with plain_errors(tries):
             ids = await self._insert(specs, tries)
         self._bell.ring(doorbells(specs, ids))
         return ids
@@ -186,14 +214,28 @@ class AsyncPostgresBackend(_Servers[AsyncEngine]):
         """See `Backend`."""
         return await self._run(lambda c: request_cancel(c, ids, tenant=self.defaults.tenant))
 
+    def token_source(
+        self, job_id: uuid.UUID
+    ) -> contextlib.AbstractContextManager[AsyncTokenSource]:
+        """See `Backend`."""
+        self._leave_former_loop()
+        if self._tokens is None:
+            from promptfleet.token_sources import AsyncTokenSources  # noqa: PLC0415  # as above
+
+            self._tokens = AsyncTokenSources(self._streams_url)
+        return self._tokens.of(job_id)
+
     async def close(self) -> None:
         """See `Backend`."""
+        self._leave_former_loop()
+        if self._tokens is not None:
+            await self._tokens.close()
         await asyncio.to_thread(self._bell.close)
         if self._own_engine:
             await self._engine.dispose()
 
     async def _submit_within(self, specs: Sequence[JobSpec], session: object) -> list[uuid.UUID]:
-        with _errors():
+        with plain_errors():
             connection = await async_connection(session)
             ids = await connection.run_sync(_insert_within, specs)
         await connection.run_sync(self._commit_bells.add, doorbells(specs, ids))
@@ -202,9 +244,15 @@ class AsyncPostgresBackend(_Servers[AsyncEngine]):
     async def _insert(self, specs: Sequence[JobSpec], tries: Resubmission) -> list[uuid.UUID]:
         single = _is_single_statement(specs)
         engine, insert = (self._single, _insert) if single else (self._engine, _insert_whole)
+
+        def work(connection: sa.Connection) -> list[uuid.UUID]:
+            if self._prepare is not None and specs:
+                self._prepare(connection, specs[0].tenant)
+            return insert(connection, specs)
+
         while True:
             try:
-                return await self._in_transaction(engine, lambda c: insert(c, specs))
+                return await self._in_transaction(engine, work)
             except exc.SQLAlchemyError as error:
                 pause_s = tries.pause_s(error)
                 if pause_s is None:
@@ -212,7 +260,7 @@ class AsyncPostgresBackend(_Servers[AsyncEngine]):
             await self._sleep(pause_s)
 
     async def _run(self, work: Callable[[sa.Connection], T]) -> T:
-        with _errors():
+        with plain_errors():
             try:
                 return await self._in_transaction(self._single, work)
             except exc.DBAPIError as error:
@@ -231,10 +279,12 @@ class AsyncPostgresBackend(_Servers[AsyncEngine]):
         if self._loop is None or self._loop() is not loop:
             if self._loop is not None and self._own_engine:
                 self._engine.sync_engine.dispose(close=False)
+            self._tokens = None
             self._loop = weakref.ref(loop)
 
 
-def _defaults(settings: Settings, fleet: Fleet) -> Defaults:
+def make_defaults(settings: Settings, fleet: Fleet) -> Defaults:
+    """What holds for a job that says nothing."""
     return Defaults(
         tenant=settings.tenant,
         deadline_s=settings.deadline_s,
@@ -245,13 +295,15 @@ def _defaults(settings: Settings, fleet: Fleet) -> Defaults:
     )
 
 
-def _make_ringer(settings: Settings, fleet: Fleet) -> Ringer:
+def make_ringer(settings: Settings, fleet: Fleet) -> Ringer:
+    """What rings for jobs in the background; connects with the first one."""
     app = make_celery(settings.broker_url.get_secret_value(), fleet.tier_names)
     return Ringer(app, window_s=settings.doorbell_window_ms / 1000)
 
 
 @contextlib.contextmanager
-def _errors(tries: Resubmission | None = None) -> Iterator[None]:
+def plain_errors(tries: Resubmission | None = None) -> Iterator[None]:
+    """Turn the database's errors into our own, without URL, statement or parameters."""
     try:
         with store_errors():
             yield

@@ -116,6 +116,7 @@ class Template:
     callback_url: str | None = None
     cache: CacheOptions | None = None
     on_unknown: OnUnknown = OnUnknown.RETRY
+    stream: bool = False
 
     def spec(self, prompt: object, field: str = "prompt") -> JobSpec:
         """The job that asks this prompt.
@@ -123,7 +124,14 @@ class Template:
         Raises:
             InvalidRequestError: The prompt is none; names the place in it.
         """
-        request = self._request(prompt, field)
+        return self.spec_of(self._request(prompt, field), field)
+
+    def spec_of(self, request: bytes, field: str = "request") -> JobSpec:
+        """The job that sends this request, which is ready: the options' parameters are not added.
+
+        Raises:
+            InvalidRequestError: It is too large.
+        """
         if len(request) > MAX_REQUEST_BYTES:
             msg = f"{field}: the request is {len(request)} bytes of JSON; {MAX_REQUEST_BYTES} fit"
             raise InvalidRequestError(msg, field=field)
@@ -142,6 +150,7 @@ class Template:
             idempotency_key=self.idempotency_key,
             callback_url=self.callback_url,
             on_unknown=self.on_unknown,
+            stream=self.stream,
         )
 
     def _request(self, prompt: object, field: str) -> bytes:
@@ -272,6 +281,9 @@ def _refuse_foreign(checked: Mapping[str, Any], kind: JobKind) -> None:
         if name in _CHAT_PARAMETERS or name == "system":
             msg = f"{name}: is no option of the kind {kind.value!r}"
             raise InvalidRequestError(msg, field=name)
+    if kind is JobKind.EMBEDDING and checked.get("stream"):
+        msg = "stream: is no option of the kind 'embedding', which has no text"
+        raise InvalidRequestError(msg, field="stream")
 
 
 def _text(prompt: object, field: str) -> str:

@@ -51,6 +51,7 @@ class EnqueuedPrompt:
         messages: The messages of a chat, the system message included.
         options: The provider's parameters, e.g. `max_tokens`.
         deadline_s: Seconds from its acceptance to its deadline.
+        stream: True if its tokens are read as they come.
     """
 
     id: uuid.UUID
@@ -68,6 +69,7 @@ class EnqueuedPrompt:
     cache: CacheOptions | None
     on_unknown: OnUnknown
     tenant: str
+    stream: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,6 +324,7 @@ def _enqueued(spec: JobSpec) -> EnqueuedPrompt:
         cache=spec.cache,
         on_unknown=spec.on_unknown,
         tenant=spec.tenant,
+        stream=spec.stream,
     )
 
 

@@ -16,6 +16,9 @@ from promptfleet_shared.jobs import Doorbell
 Ring = Callable[[Sequence[Doorbell]], None]
 Existing = Callable[[sa.Connection, Sequence[Doorbell]], Sequence[Doorbell]]
 
+ON_COMMIT = "promptfleet_on_commit"
+"""Where a connection's `info` may have what calls a function after the commit, if others commit."""
+
 
 def sync_connection(session: object) -> sa.Connection:
     """The connection of the caller's transaction.
@@ -77,6 +80,9 @@ class CommitBells:
     def add(self, connection: sa.Connection, doorbells: Sequence[Doorbell]) -> None:
         """Ring for these after the connection's transaction commits."""
         if not doorbells:
+            return
+        if (on_commit := connection.info.get(ON_COMMIT)) is not None:
+            on_commit(lambda: self._ring(doorbells))
             return
         if getattr(connection.connection, "autocommit", False):
             self._ring(doorbells)

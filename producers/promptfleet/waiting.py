@@ -72,6 +72,11 @@ class Watch:
         """True when a look should tell which jobs exist at all: at first, then seldom."""
         return not self._patient and self._looks % _LOOKS_A_CHECK == 0
 
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left; infinite without a timeout."""
+        return max(0.0, self._end - self._clock())
+
     def feed(self, lookup: Lookup) -> list[Result]:
         """Take a look's findings and return the jobs that have ended since the last one.
 

@@ -91,6 +91,13 @@ class Settings(BaseSettings):
         api_max_queued: Jobs of the whole fleet that are not final, beyond which the API accepts no
             more; 0 for any number.
         api_max_queued_per_tenant: The same, of one tenant.
+        api_max_file_bytes: Bytes of one uploaded file.
+        api_max_stored_bytes_per_tenant: Bytes of all files of one tenant, beyond which no more are
+            taken; 0 for any number.
+        api_file_days: Days that files of batches are kept where the client does not say; 0 keeps
+            them until somebody deletes them.
+        api_wait_s: Seconds that a request to one of OpenAI's endpoints waits for its answer at most;
+            then it is told its job's id.
         api_drain_s: Seconds that an API process's requests have to end after SIGTERM.
         api_keep_alive_s: Seconds without an event after which a stream sends a comment.
         api_keyless: Lets the API serve this very machine without a key, as `tenant`.
@@ -141,6 +148,10 @@ class Settings(BaseSettings):
     api_max_waiting_per_tenant: Annotated[int, Field(ge=1)] = 2_000
     api_max_queued: Annotated[int, Field(ge=0)] = 2_000_000
     api_max_queued_per_tenant: Annotated[int, Field(ge=0)] = 1_000_000
+    api_max_file_bytes: Annotated[int, Field(ge=1_024)] = 200_000_000
+    api_max_stored_bytes_per_tenant: Annotated[int, Field(ge=0)] = 20_000_000_000
+    api_file_days: Annotated[float, Field(ge=0)] = 30.0
+    api_wait_s: Seconds = 600.0
     api_drain_s: Seconds = 25.0
     api_keep_alive_s: Seconds = 15.0
     operator_tenant: str = ""

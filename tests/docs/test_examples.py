@@ -29,10 +29,16 @@ from promptfleet.testing import fake_fleet
 from promptfleet_shared.fleet import Fleet, parse_fleet
 from promptfleet_shared.settings import Settings
 
-CLI_VARIABLES = {"PROMPTFLEET_DATA_DIR", "PROMPTFLEET_FLOWER_URL"}
+CLI_VARIABLES = {
+    "PROMPTFLEET_API_HOST",
+    "PROMPTFLEET_API_PORT",
+    "PROMPTFLEET_API_WORKERS",
+    "PROMPTFLEET_DATA_DIR",
+    "PROMPTFLEET_FLOWER_URL",
+}
 _TARGET = re.compile(r"^([a-z-]+):", re.MULTILINE)
 # Programs that are not ours; what they are given is checked where it is a path of ours.
-_OTHERS = {".", "cat", "cd", "cp", "docker", "eval", "git", "pip", "python"}
+_OTHERS = {".", "cat", "cd", "cp", "curl", "docker", "eval", "git", "pip", "python"}
 
 
 def _with(*languages: str) -> list[Path]:

@@ -18,6 +18,7 @@ from promptfleet.cli import app
 from promptfleet.cli.exits import ExitCode
 from promptfleet_shared.fleet import (
     BatchOptions,
+    BreakerOptions,
     CacheSection,
     Deployment,
     Fleet,
@@ -37,6 +38,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "retry.": RetryOptions,
     "timeouts.": TimeoutOptions,
     "cache.": CacheSection,
+    "breaker.": BreakerOptions,
     "tiers.NAME.": TierSection,
     "models.NAME.": Model,
     "models.NAME.deployments.": Deployment,
@@ -45,7 +47,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 def _options() -> dict[str, Any]:
     """Every option of fleet.toml with its default; sections that are told apart left out."""
-    told_apart = {"tiers", "models", "batch", "retry", "timeouts", "cache", "deployments"}
+    sections = {prefix.split(".")[0] for prefix in SECTIONS if prefix}
+    told_apart = sections | {"deployments"}
     options = {}
     for prefix, section in SECTIONS.items():
         for name, field in section.model_fields.items():

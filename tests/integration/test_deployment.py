@@ -97,17 +97,19 @@ def test_each_tier_has_a_worker_service_and_a_procfile_line() -> None:
         assert shlex.split(PROCFILE[name]) == SERVICES[name]["command"]
         assert queue_name(tier) in SERVICES[name]["command"]
     assert {f"worker_{tier}" for tier in fleet.tier_names} == WORKERS
-    assert set(PROCFILE) == WORKERS | {"flower"}
+    assert set(PROCFILE) == WORKERS | {"api", "flower"}
 
 
 def test_workers_get_more_time_to_stop_than_they_drain() -> None:
     drain_s = Settings.model_fields["drain_s"].default
     for name in WORKERS:
         assert float(SERVICES[name]["stop_grace_period"].removesuffix("s")) > drain_s + 10
+    api_drain_s = Settings.model_fields["api_drain_s"].default
+    assert float(SERVICES["api"]["stop_grace_period"].removesuffix("s")) > api_drain_s + 10
 
 
 def test_services_wait_for_what_they_need() -> None:
-    for name in WORKERS | {"flower"}:
+    for name in WORKERS | {"api", "flower"}:
         assert SERVICES[name]["depends_on"].keys() == {"postgres", "valkey", "migrate"}
     for service in SERVICES.values():
         for needed, how in service.get("depends_on", {}).items():
@@ -119,7 +121,7 @@ def test_services_wait_for_what_they_need() -> None:
 
 def test_services_reach_only_the_loopback_of_the_host() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(ports) == 3
+    assert len(ports) == 4
     assert all(str(port).startswith("127.0.0.1:") for port in ports)
 
 
@@ -153,7 +155,7 @@ def test_image_runs_as_nobody_special_and_knows_where_its_files_are() -> None:
         for pair in shlex.split(rest)
     )
     assert variables["PROMPTFLEET_CONFIG"] in placed
-    mounts = [v for name in WORKERS for v in SERVICES[name]["volumes"]]
+    mounts = [v for name in WORKERS | {"api"} for v in SERVICES[name]["volumes"]]
     assert {mount.split(":")[1] for mount in mounts} == {variables["PROMPTFLEET_CONFIG"]}
 
 
@@ -237,6 +239,7 @@ def test_procfile_lines_run_the_fleet(settings: Settings, tmp_path: Path) -> Non
         environment = {
             **_addresses(settings),
             "PROMPTFLEET_CONFIG": str(config),
+            "PROMPTFLEET_API_PORT": "0",
             "FLOWER_PORT": str(port),
         }
         with started(commands, dict.fromkeys(commands, environment), tmp_path) as processes:
@@ -245,17 +248,19 @@ def test_procfile_lines_run_the_fleet(settings: Settings, tmp_path: Path) -> Non
             url = f"http://127.0.0.1:{port}"
             flower.until(lambda: get(f"{url}/healthcheck") == "OK", "healthcheck")
             flower.until(lambda: _names(get_json(f"{url}/workers?json=1")), "three workers")
+            processes["api"].until(lambda: "running on http://" in processes["api"].output(), "API")
             _stop_cleanly(processes)
 
 
 def test_compose_services_run_the_fleet(settings: Settings, tmp_path: Path) -> None:
     port = free_port()
-    names = sorted(WORKERS | {"flower"})
+    names = sorted(WORKERS | {"api", "flower"})
     commands = {n: [in_checkout(word) for word in SERVICES[n]["command"]] for n in names}
     with simulated_fleet(tmp_path, DEFAULT_TIERS) as config:
         own = {**_addresses(settings), "PROMPTFLEET_CONFIG": str(config)}
         environments = {n: {**_environment(n), **own} for n in names}
         environments["flower"] |= {"FLOWER_ADDRESS": "127.0.0.1", "FLOWER_PORT": str(port)}
+        environments["api"] |= {"PROMPTFLEET_API_PORT": str(free_port())}
         for name in WORKERS:  # which have a host each under Compose, and one together here
             environments[name] |= {"PROMPTFLEET_HEALTH_PORT": str(free_port())}
         with started(commands, environments, tmp_path) as processes:
@@ -272,17 +277,19 @@ def test_compose_services_run_the_fleet(settings: Settings, tmp_path: Path) -> N
             assert {queue["name"] for queue in queues} == {queue_name(t) for t in DEFAULT_TIERS}
             tasks = flower.until(lambda: get_json(f"{url}/api/tasks", login=login), "tasks")
             assert all("Say" not in str(task) for task in tasks.values())
+            api = processes["api"]
+            api.until(lambda: _is_healthy("api", environments["api"]), "healthy API")
             for name in WORKERS:
+                assert environments[name]["PROMPTFLEET_HEALTH_HOST"] == "0.0.0.0"
                 assert _is_healthy(name, environments[name])
             _stop_cleanly(processes)
-        assert not _is_healthy(name, environments[name])
+        assert not any(_is_healthy(name, environments[name]) for name in WORKERS | {"api"})
 
 
 def _is_healthy(service: str, environment: Mapping[str, str]) -> bool:
     """What the service's own health check says."""
     kind, *command = SERVICES[service]["healthcheck"]["test"]
     assert kind == "CMD"
-    assert environment["PROMPTFLEET_HEALTH_HOST"] == "0.0.0.0"
     assert command[0] == "python"
     checked = subprocess.run(
         [sys.executable, *command[1:]],

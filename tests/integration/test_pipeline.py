@@ -34,6 +34,7 @@ from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.routing import Router
 from promptfleet_workers.telemetry import BatchClaimed, Event
+from promptfleet_workers.token_streams import TokenStreams
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
@@ -134,6 +135,7 @@ class Rig:
         self.providers = {"first": Provider(), "second": Provider()}
         self.provider = self.providers["first"]
         self.slots, self.claims = Slots(calls), Claims()
+        self.streams = TokenStreams("redis://127.0.0.1:1")  # no job here streams
         self.rung: list[Doorbell] = []
         self.events: list[Event] = []
         self.endings = Endings(
@@ -143,8 +145,10 @@ class Rig:
             pricer=Pricer(),
             claims=self.claims,
             slots=self.slots,
+            streams=self.streams,
             patience_s=5,
             ring=self.ring,
+            announce=lambda _: None,
             emit=self.events.append,
         )
         self.breakers = Breakers.of(self.fleet, calls=calls, emit=self.events.append)
@@ -154,6 +158,7 @@ class Rig:
             breakers=self.breakers,
             claims=self.claims,
             endings=self.endings,
+            streams=self.streams,
             calls=calls,
         )
         self.pipeline = Pipeline(

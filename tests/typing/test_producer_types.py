@@ -23,6 +23,7 @@ from promptfleet import (
     PromptOptions,
     Result,
     StoreUnavailableError,
+    Token,
     cancel,
     enqueue_prompt,
     enqueue_prompts,
@@ -86,6 +87,17 @@ async def test_clients() -> None:
             assert_type(await job.result(), Result)
             async for result in async_client.as_completed([job.id]):
                 assert_type(result, Result)
+
+
+async def test_streams() -> None:
+    with fake_fleet():
+        job = enqueue_prompt("a", stream=True)
+        for token in job.tokens(timeout=1):
+            assert_type(token, Token)
+        assert_type(job.stream(on_token=print, on_error=print), Result | None)
+        async with AsyncClient() as client:
+            async for token in (await client.enqueue_prompt("a", stream=True)).tokens():
+                assert_type(token.restarts, bool)
 
 
 def test_callbacks_with_the_headers_of_frameworks() -> None:

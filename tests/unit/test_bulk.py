@@ -210,11 +210,12 @@ def test_good_lines_are_answered_and_bad_ones_reported(bench: Bench) -> None:
                 {"prompt": "two", "custom_id": "second", "metadata": {"k": 1}},
                 {"prompt": "three", "temprature": 1},
                 {"prompt": ""},
-                {"prompt": "five", "max_tokens": 5},
+                {"prompt": "five", "max_tokens": 5, "on_unknown": "fail"},
             ),
             options={"tier": "basic"},
         )
         assert {prompt.tier for prompt in fleet.enqueued} == {"basic"}
+        assert [prompt.on_unknown for prompt in fleet.enqueued] == ["retry", "fail"]
     assert (counts.succeeded, counts.invalid, counts.failed) == (2, 3, 0)
     rows = {row["line"]: row for row in bench.results()}
     assert rows.keys() == {2, 5}

@@ -123,7 +123,9 @@ def test_an_answer_from_another_thread_is_waited_for() -> None:
 
 
 def test_validation_is_the_real_one() -> None:
-    with fake_fleet(tiers=["tiny"], default_tier="tiny") as fleet:
+    with fake_fleet(tiers=["tiny"], models=["m"], default_tier="tiny") as fleet:
+        with pytest.raises(InvalidRequestError, match="its models are m"):
+            enqueue_prompt("x", model="gpt")
         assert enqueue_prompt("hello").tier == "tiny"
         with pytest.raises(InvalidRequestError, match="its tiers are tiny"):
             enqueue_prompt("hello", tier="basic")

@@ -25,6 +25,7 @@ from promptfleet_workers.claims import Claims, Heartbeat
 from promptfleet_workers.egress import GuardedClient
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.event_loop import EventLoop
+from promptfleet_workers.finish_notices import FinishNotices
 from promptfleet_workers.health import HealthServer, Vitals
 from promptfleet_workers.metrics import PrometheusHook
 from promptfleet_workers.pipeline import Pipeline
@@ -35,6 +36,7 @@ from promptfleet_workers.queues import QueueWatch
 from promptfleet_workers.routing import Router
 from promptfleet_workers.sweeper import Sweeper
 from promptfleet_workers.telemetry import Emit, LogHook, emit_to
+from promptfleet_workers.token_streams import TokenStreams
 from promptfleet_workers.watchdog import Watchdog, WorkQuestion
 from promptfleet_workers.worker import FleetWorker, Parts
 
@@ -65,6 +67,8 @@ class Builder:
             for deployment in model.deployments
         }
         cache = RedisCache(settings.cache_server_url)
+        streams = TokenStreams(settings.cache_server_url)
+        notices = FinishNotices(settings.cache_server_url)
         calls = sum(fleet.batch_options(tier).max_concurrent_calls for tier in tiers) or 1
         slots, claims = Slots(calls), Claims()
         observers = Observers(settings, tiers, loop, claims=claims, slots=slots, calls=calls)
@@ -81,8 +85,10 @@ class Builder:
             pricer=Pricer(),
             claims=claims,
             slots=slots,
+            streams=streams,
             patience_s=settings.lease_s,
             ring=self._ringer.ring,
+            announce=notices.tell,
             emit=emit,
         )
         pipeline = Pipeline(
@@ -98,6 +104,7 @@ class Builder:
                 breakers=breakers,
                 claims=claims,
                 endings=endings,
+                streams=streams,
                 calls=calls,
             ),
             worker=settings.worker_name or default_worker_name(),
@@ -124,6 +131,8 @@ class Builder:
                 await provider.aclose()
             await client.aclose()
             await cache.aclose()
+            await streams.aclose()
+            await notices.aclose()
             await deliverer.aclose()
             await database.close()
             self._ringer.flush()

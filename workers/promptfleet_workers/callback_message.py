@@ -33,7 +33,12 @@ def message_id(callback_id: uuid.UUID) -> str:
 
 
 def sign_message(
-    delivery: Delivery, facts: ResultFacts, *, secrets: tuple[str, ...], public_url: str, now: float
+    delivery: Delivery,
+    facts: ResultFacts | None,
+    *,
+    secrets: tuple[str, ...],
+    public_url: str,
+    now: float,
 ) -> Message:
     """The message of a delivery, signed at `now` (seconds since 1970)."""
     body = write_body(delivery, facts, public_url=public_url)
@@ -50,8 +55,16 @@ def sign_message(
     )
 
 
-def write_body(delivery: Delivery, facts: ResultFacts, *, public_url: str) -> bytes:
-    """The event as JSON, below 20 kB: metadata that would not fit are left out."""
+def write_body(delivery: Delivery, facts: ResultFacts | None, *, public_url: str) -> bytes:
+    """The event as JSON, below 20 kB: metadata that would not fit are left out.
+
+    Args:
+        delivery: What to tell.
+        facts: Of the job's result; None for a delivery that has a payload of its own.
+        public_url: Where results are linked to; empty for no link.
+    """
+    if facts is None:
+        return orjson.dumps(delivery.payload)
     data = _data(delivery, facts, public_url)
     body = _json(delivery, facts, data)
     if len(body) >= MAX_BODY_BYTES:

@@ -251,7 +251,7 @@ class Deliverer:
 
     async def _deliver(self, delivery: Delivery) -> None:
         facts = delivery.facts
-        if facts is None:
+        if facts is None and delivery.payload is None:
             self._record(
                 Attempt(
                     callback_id=delivery.id,

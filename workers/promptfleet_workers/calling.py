@@ -31,6 +31,7 @@ from promptfleet_workers.retries import (
     speaks_of_health,
 )
 from promptfleet_workers.routing import Candidate
+from promptfleet_workers.token_streams import TokenStreams
 from promptfleet_workers.work import Work
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def plan_requests(works: Sequence[Work], options: BatchOptions) -> Iterator[list
 
 
 def _takes_list(work: Work) -> bool:
+    if work.job.stream:
+        return False  # its tokens could not be told from its neighbours'
     return work.job.kind in _LIST_FIELD and work.route[0].deployment.prompts_per_request > 1
 
 
@@ -113,6 +116,7 @@ class Caller:
         breakers: Breakers,
         claims: Claims,
         endings: Endings,
+        streams: TokenStreams,
         calls: int,
     ) -> None:
         """Call nothing yet; `calls` is how many requests may be in flight."""
@@ -121,6 +125,7 @@ class Caller:
         self._fleet = fleet
         self._claims = claims
         self._endings = endings
+        self._streams = streams
         self._slots = asyncio.Semaphore(calls)
         self._tasks: set[asyncio.Task[None]] = set()
         self._alarms = Alarms()
@@ -290,13 +295,15 @@ class Caller:
         self, limit_s: float, candidate: Candidate, works: list[Work]
     ) -> Sequence[Answer]:
         """The answers, or for each job the failure of the whole request."""
+        on_text = self._streams.begin([work.job for work in works])
         call = Call(
             kind=works[0].job.kind,
             model=candidate.model_there,
             requests=[work.job.request for work in works],
             input_tokens=[work.job.input_tokens for work in works],
             timeouts=candidate.timeouts,
-            stream=candidate.deployment.stream,
+            stream=candidate.deployment.stream or on_text is not None,
+            on_text=on_text,
         )
         loop = self._alarms.loop
         task = this_task(loop)

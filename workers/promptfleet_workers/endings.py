@@ -28,6 +28,7 @@ from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Completion
 from promptfleet_workers.routing import Candidate
 from promptfleet_workers.telemetry import Emit, JobsFinished, JobsReleased
+from promptfleet_workers.token_streams import TokenStreams
 from promptfleet_workers.work import Work
 
 FREE = Decimal(0)
@@ -49,8 +50,10 @@ class Endings:
         pricer: Pricer,
         claims: Claims,
         slots: Slots,
+        streams: TokenStreams,
         patience_s: float,
         ring: Callable[[Iterable[Doorbell]], None],
+        announce: Callable[[Iterable[uuid.UUID]], None],
         emit: Emit,
     ) -> None:
         """Write nothing yet."""
@@ -59,7 +62,9 @@ class Endings:
         self._pricer = pricer
         self._claims = claims
         self._slots = slots
+        self._streams = streams
         self._ring = ring
+        self._announce = announce
         self._emit = emit
         self._finisher = Finisher(
             database, patience_s=patience_s, on_written=self._written, on_released=self._released
@@ -185,6 +190,7 @@ class Endings:
             case Abort.FENCED:
                 work.ended = True
                 self._slots.ended()
+                self._streams.drop(work.job.id)
                 self._forget([work.job.id])
                 self._promote_follower(work)
         return True
@@ -200,6 +206,10 @@ class Endings:
     def _finish(self, work: Work, end: Outcome | Release) -> None:
         work.ended = True
         self._slots.ended()
+        if isinstance(end, Outcome):
+            self._streams.ending(work.job)
+        else:
+            self._streams.drop(work.job.id)
         self._finisher.add(end)
 
     def _dismiss(self, work: Work) -> list[Work]:
@@ -229,6 +239,8 @@ class Endings:
             self._to_cache[work.job.id] = (work.key, encode_completion(completion), ttl_s)
 
     def _written(self, outcomes: Sequence[Outcome], written: set[uuid.UUID]) -> None:
+        self._announce(written)
+        self._streams.ended(outcomes, written)
         items = [(o, self._to_cache.pop(o.job_id, None)) for o in outcomes]
         known = [item for o, item in items if item is not None and o.state is JobState.SUCCEEDED]
         if known:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.jobs import Doorbell
-from promptfleet_shared.store import sweeping
+from promptfleet_shared.store import batches, files, sweeping
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.telemetry import Emit, Swept
 
@@ -55,6 +55,7 @@ class Sweeper:
         self._empty_queues = empty_queues
         self._emit = emit
         self._pruned_at = time.monotonic()
+        self._filed_at = time.monotonic()
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -65,6 +66,7 @@ class Sweeper:
                 await self.sweep()
                 await self.ring_silent()
                 await self.prune()
+                await self.sweep_files()
             except (StoreRefusedError, StoreUnavailableError) as error:
                 log.warning("sweep_failed", extra={"error": str(error)})
 
@@ -99,6 +101,20 @@ class Sweeper:
             pruned = await self._database.run(
                 lambda c: sweeping.prune(c, floor=floor, age_s=self._retention_s, limit=limit)
             )
+        gone = few = 5
+        while gone == few:
+            gone = await self._database.run(
+                lambda c: batches.prune_batches(c, floor=floor, age_s=self._retention_s, limit=few)
+            )
+
+    async def sweep_files(self) -> None:
+        """Once a minute, delete files that have expired or were never finished, a few at a time."""
+        if time.monotonic() - self._filed_at < PRUNE_EVERY_S:
+            return
+        self._filed_at = time.monotonic()
+        gone = limit = 5
+        while gone == limit:
+            gone = await self._database.run(lambda c: files.sweep_files(c, limit=limit))
 
 
 def oldest_id(instant: float) -> uuid.UUID:

@@ -138,6 +138,7 @@ def _fleet(data_dir: Path, provider: LocalProvider, run: str) -> Iterator[DevSta
         cache_namespace=f"demo-{run}",  # a kept cache would answer the next demo
         worker_flags=("--without-gossip",),
         drain_s=_DRAIN_S,
+        api=False,
     )
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log, contextlib.ExitStack() as undo:
         console = err()

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from promptfleet import local_model
+from promptfleet.cli.api import has_api
 from promptfleet.cli.environment import (
     DEFAULT_DATA_DIR,
     DataDir,
@@ -62,12 +63,13 @@ def dev(
         typer.Option(help="NAME=VALUE for the provider, e.g. latency-ms=50; repeatable."),
     ] = None,
     flower: Annotated[bool, typer.Option(help="Run Flower as well.")] = True,
+    api: Annotated[bool, typer.Option(help="Serve the HTTP API as well.")] = True,
     print_env: Annotated[
         bool, typer.Option("--print-env", help="Show the URLs with their passwords.")
     ] = False,
     log_level: Annotated[str, typer.Option(help="Of the workers.")] = "WARNING",
 ) -> None:
-    """Run a whole fleet on this machine: servers, provider, workers, Flower."""
+    """Run a whole fleet on this machine: servers, provider, workers, API, Flower."""
     settings = load_settings()
     options = StackOptions(
         data_dir=data_dir,
@@ -78,6 +80,7 @@ def dev(
         broker_url=_own_server("PROMPTFLEET_BROKER_URL"),
         provider_flags=tuple(_provider_flags(provider_option or [])),
         flower=flower,
+        api=api and has_api(),
         worker_flags=("--loglevel", log_level.upper(), "--without-gossip"),
         drain_s=settings.drain_s + _EXTRA_DRAIN_S,
     )
@@ -241,6 +244,8 @@ def _rows(addresses: Addresses) -> Iterator[tuple[str, str]]:
         yield "provider", addresses.provider_url
     if addresses.flower_url is not None:
         yield "Flower", addresses.flower_url
+    if addresses.api_url is not None:
+        yield "API", f"{addresses.api_url}/docs, from this machine without a key"
     yield "callbacks", "signed with PROMPTFLEET_CALLBACK_SECRETS, which `promptfleet env` shows"
 
 

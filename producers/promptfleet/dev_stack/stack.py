@@ -30,6 +30,7 @@ from promptfleet_shared.tiers import DEFAULT_TIERS, queue_name
 if TYPE_CHECKING:
     from promptfleet_shared.store.migrating import SchemaVersion
 
+API_PORT = 8000
 FLOWER_PORT = 5555
 READY_TIMEOUT_S = 60.0
 ENVIRONMENT_FILE = "env"
@@ -54,6 +55,7 @@ class StackOptions:
         provider_flags: Further flags of the provider's process.
         cache_namespace: Of the made fleet.toml, so that a run can have a cache of its own.
         flower: Whether to run Flower.
+        api: Whether to serve the HTTP API, to this machine and without keys.
         worker_flags: Further flags of each worker.
         drain_s: Seconds that workers have to end what they do.
     """
@@ -67,6 +69,7 @@ class StackOptions:
     provider_flags: tuple[str, ...] = ()
     cache_namespace: str = "default"
     flower: bool = True
+    api: bool = True
     worker_flags: tuple[str, ...] = ()
     drain_s: float = 30.0
 
@@ -80,6 +83,7 @@ class Addresses:
     config: Path
     provider_url: str | None
     flower_url: str | None
+    api_url: str | None
     callback_secrets: str = field(repr=False)
 
     def environment(self) -> dict[str, str]:
@@ -96,6 +100,9 @@ class Addresses:
         }
         if self.flower_url is not None:
             values["PROMPTFLEET_FLOWER_URL"] = self.flower_url
+        if self.api_url is not None:
+            public_url = os.environ.get("PROMPTFLEET_PUBLIC_URL") or self.api_url
+            values["PROMPTFLEET_PUBLIC_URL"] = public_url
         return values
 
 
@@ -163,17 +170,24 @@ class DevStack:
         self._say("migrating the database")
         migrate_database(database_url)
         flower_port = choose_port(FLOWER_PORT) if options.flower else None
+        api_port = choose_port(API_PORT) if options.api else None
         self._addresses = Addresses(
             database_url=database_url,
             broker_url=broker_url,
             config=config,
             provider_url=None if provider_port is None else _http(provider_port, "/v1"),
             flower_url=None if flower_port is None else _http(flower_port),
+            api_url=None if api_port is None else _http(api_port),
             callback_secrets=os.environ.get("PROMPTFLEET_CALLBACK_SECRETS") or self._secret(),
         )
         if provider_port is not None:
             self._start_provider(provider_port)
+        if api_port is not None:
+            self._start_api(api_port)
         self._start_workers(fleet, flower_port)
+        if api_port is not None:
+            self._say("waiting for the API")
+            self._wait(lambda: _accepts(api_port), "The API", children=("api",))
         self._write_environment()
 
     def _secret(self) -> str:
@@ -218,6 +232,11 @@ class DevStack:
         command = provider_command(provider, port=port, flags=self._options.provider_flags)
         self._supervisor.start(ChildSpec(name="provider", argv=command))
         self._wait(lambda: _accepts(port), "The provider", children=("provider",))
+
+    def _start_api(self, port: int) -> None:
+        env = {**os.environ, **self.addresses.environment()}
+        env.setdefault("PROMPTFLEET_API_KEYLESS", "true")  # it listens on loopback alone
+        self._supervisor.start(ChildSpec(name="api", argv=api_command(port), env=env))
 
     def _start_workers(self, fleet: Fleet, flower_port: int | None) -> None:
         from promptfleet.broker import Broker  # noqa: PLC0415  # slow to import
@@ -325,6 +344,12 @@ def worker_command(
     name = f"{'-'.join(tiers)}@%h"
     celery = [sys.executable, "-m", "celery", *(["--quiet"] if quiet else [])]
     return [*celery, "-A", "promptfleet_workers.app", "worker", "-Q", queues, "-n", name, *extra]
+
+
+def api_command(port: int, *, log_level: str = "WARNING") -> list[str]:
+    """The command line of the HTTP API on loopback."""
+    command = [sys.executable, "-m", "promptfleet.cli", "api", "--host", LOOPBACK]
+    return [*command, "--port", str(port), "--log-level", log_level]
 
 
 def flower_command(port: int, *, extra: Sequence[str] = ()) -> list[str]:

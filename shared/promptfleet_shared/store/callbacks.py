@@ -76,12 +76,13 @@ class CallbackRow:
     """A callback as people see it; without its URL's query, where receivers keep secrets.
 
     Attributes:
+        job_id: The job that it tells of; None for what is no job's end.
         paused_until: Until when its endpoint is left alone, if it is.
         disabled_at: When its endpoint wanted no more callbacks, if it did.
     """
 
     id: uuid.UUID
-    job_id: uuid.UUID
+    job_id: uuid.UUID | None
     event: str
     endpoint: str
     state: CallbackState

@@ -93,11 +93,11 @@ WITH asked AS (
            next_at = clock_timestamp() + :lease_s * interval '1 second'
       FROM due WHERE id = callback_id
     RETURNING id, lease_until, job_id, callbacks.tenant, endpoint, url, event,
-              attempts AS attempt
+              attempts AS attempt, payload
 )
 SELECT claimed.id, lease_until, claimed.job_id, claimed.tenant, endpoint, url, event, attempt,
-       state, tier, model, finish_reason, error, input_tokens, cached_tokens, output_tokens,
-       reasoning_tokens, cost_usd, cache, attempts, metadata, finished_at
+       payload, state, tier, model, finish_reason, error, input_tokens, cached_tokens,
+       output_tokens, reasoning_tokens, cost_usd, cache, attempts, metadata, finished_at
   FROM claimed LEFT JOIN results ON results.job_id = claimed.job_id
 """).bindparams(open_after=OPEN_AFTER_FAILURES)
 
@@ -223,19 +223,22 @@ class Delivery:
 
     Attributes:
         lease_until: Its fence; see above.
+        job_id: The job that it tells of; None where it has a payload of its own.
         attempt: Which attempt this is, from 1.
         facts: Of the job's result; None if that is gone.
+        payload: The whole event, for what is no job's end.
     """
 
     id: uuid.UUID
     lease_until: dt.datetime
-    job_id: uuid.UUID
+    job_id: uuid.UUID | None
     tenant: str
     endpoint: str
     url: str
     event: str
     attempt: int
     facts: ResultFacts | None
+    payload: dict[str, Any] | None = None
 
 
 class Verdict(enum.StrEnum):
@@ -362,6 +365,7 @@ def _delivery(row: Any) -> Delivery:
         event=row.event,
         attempt=row.attempt,
         facts=None if row.state is None else _facts(row),
+        payload=row.payload,
     )
 
 

@@ -248,7 +248,7 @@ def landed_results(
         rows = connection.execute(_LANDED_OF_BATCH, {**parameters, "batch_id": batch_id}).all()
     seal = Snapshot.parse(rows[0].seal)
     # A seal that could not hold all that was under way sees less than the statement did.
-    found = [row for row in rows if row.landed is not None]
+    found = [row for row in rows if row.landed is not None and int(row.landed) < seal.below]
     if len(found) > limit:
         last = found[limit - 1]
         place = dataclasses.replace(place, seal=seal, last=(int(last.landed), last.job_id))

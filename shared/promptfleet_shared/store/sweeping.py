@@ -98,6 +98,10 @@ _PRUNE = sa.text("""
 WITH old AS MATERIALIZED (
     SELECT id AS job_id FROM jobs
      WHERE id < CAST(:floor AS uuid) AND finished_at < clock_timestamp() - :age_s * interval '1 s'
+       -- What a batch has not written into its files yet is kept for it.
+       AND NOT EXISTS (
+           SELECT FROM batches WHERE batches.id = jobs.batch_id
+              AND status IN ('validating', 'in_progress', 'finalizing', 'cancelling'))
      ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM jobs USING old WHERE id = job_id RETURNING id

@@ -337,7 +337,7 @@ batches = sa.Table(
     _instant("lease_until", nullable=True),
     # The first line of the input file that is not a job yet.
     _counter("next_line"),
-    # A line that asks for several things at once is as many jobs.
+    # Lines that became jobs: not those that the batch's end came before.
     _counter("jobs"),
     # The one that all lines name; null where they name several.
     _text("model", nullable=True),
@@ -365,7 +365,7 @@ batches = sa.Table(
     ),
 )
 
-# A line of a batch's input: its jobs, or why it has none. No foreign key, as for results: 50,000
+# A line of a batch's input: its job, or why it has none. No foreign key, as for results: 50,000
 # lines come in one go, with their batch.
 batch_lines = sa.Table(
     "batch_lines",
@@ -374,7 +374,7 @@ batch_lines = sa.Table(
     sa.Column("n", sa.Integer, nullable=False),
     _text("tenant"),
     _text("custom_id"),
-    sa.Column("job_ids", pg.ARRAY(pg.UUID)),
+    sa.Column("job_id", pg.UUID),
     sa.Column("error", pg.JSONB),
     sa.PrimaryKeyConstraint("batch_id", "n", name="batch_lines_pkey"),
     sa.Index("batch_lines_custom_idx", "batch_id", "custom_id", unique=True),

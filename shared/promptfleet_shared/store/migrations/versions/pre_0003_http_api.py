@@ -185,7 +185,7 @@ def _create_batches() -> None:
         sa.Column("n", sa.Integer, nullable=False),
         sa.Column("tenant", sa.Text, nullable=False),
         sa.Column("custom_id", sa.Text, nullable=False),
-        sa.Column("job_ids", pg.ARRAY(pg.UUID)),
+        sa.Column("job_id", pg.UUID),
         sa.Column("error", pg.JSONB),
         sa.PrimaryKeyConstraint("batch_id", "n", name="batch_lines_pkey"),
     )

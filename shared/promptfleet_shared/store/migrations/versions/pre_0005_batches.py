@@ -36,7 +36,7 @@ def upgrade() -> None:
     op.execute(_CLAIM)
     op.alter_column("callbacks", "job_id", nullable=True)
     op.add_column("callbacks", sa.Column("payload", pg.JSON))
-    # In two steps, so that the second one checks the rows that are there without locking anybody out.
+    # In two steps: the second one checks the rows that are there and locks nobody out.
     op.execute(
         "ALTER TABLE callbacks ADD CONSTRAINT callbacks_subject_check"
         " CHECK ((job_id IS NULL) <> (payload IS NULL)) NOT VALID"
@@ -47,7 +47,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Take them away: callbacks that tell of batches are gone."""
     op.execute("DELETE FROM callbacks WHERE job_id IS NULL")
-    op.drop_constraint("callbacks_subject_check", "callbacks", type_="check")
+    op.drop_constraint(op.f("callbacks_subject_check"), "callbacks", type_="check")
     op.drop_column("callbacks", "payload")
     op.alter_column("callbacks", "job_id", nullable=False)
     op.execute("DROP FUNCTION promptfleet_claim_batches(text, float8, int)")
