@@ -115,9 +115,10 @@ class BrokerUnavailableError(PromptFleetError):
 
 
 class StoreRefusedError(PromptFleetError):
-    """The database refused a statement."""
+    """The database refused a statement; `sqlstate` says why, where the database told."""
 
     code = "store_refused"
+    sqlstate: str | None = None
 
 
 class ProviderError(PromptFleetError):

@@ -137,6 +137,7 @@ class ClaimedJob:
     queued_ms: float
     remaining_s: float
     stream: bool = False
+    has_callback: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 import orjson
@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy as sa
 from tests.rows import change, chat, insert, job_row, ledger_rows, result_rows, spec
 
-from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.errors import ProviderError, StoreRefusedError
 from promptfleet_shared.fleet import Fleet, parse_fleet
 from promptfleet_shared.jobs import Doorbell, JobKind, JobSpec, Usage
 from promptfleet_shared.store.database import AsyncDatabase, Statement
@@ -117,8 +117,11 @@ class HeldBack(AsyncDatabase):
         self.may_return = asyncio.Event()
         self.may_return.set()
         self.ran = asyncio.Event()
+        self.refusal: StoreRefusedError | None = None
 
     async def run(self, statement: Statement[T]) -> T:
+        if self.refusal is not None:
+            raise self.refusal
         result = await super().run(statement)
         self.ran.set()
         await self.may_return.wait()
@@ -138,6 +141,7 @@ class Rig:
         self.streams = TokenStreams("redis://127.0.0.1:1")  # no job here streams
         self.rung: list[Doorbell] = []
         self.events: list[Event] = []
+        self.woken = asyncio.Event()
         self.endings = Endings(
             database=self.database,
             fleet=self.fleet,
@@ -149,6 +153,7 @@ class Rig:
             patience_s=5,
             ring=self.ring,
             announce=lambda _: None,
+            wake_callbacks=self.woken.set,
             emit=self.events.append,
         )
         self.breakers = Breakers.of(self.fleet, calls=calls, emit=self.events.append)
@@ -232,6 +237,33 @@ async def test_a_job_from_doorbell_to_result(make_rig: MakeRig) -> None:
     assert row["cache"] == "miss"
     assert rig.claims.fences() == {}
     assert rig.slots.take(1000) == 8  # all are free again
+
+
+async def test_who_delivers_callbacks_is_woken_for_jobs_that_have_one(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    plain, calling_back = spec("a"), spec("b", callback_url="https://example.com/hook")
+    insert(rig.rows, plain, calling_back)
+
+    await rig.settled(rig.take(plain.id))
+    assert not rig.woken.is_set()
+    await rig.settled(rig.take(calling_back.id))
+    assert rig.woken.is_set()
+
+
+async def test_a_batch_whose_steps_crash_is_given_back(make_rig: MakeRig) -> None:
+    rig = make_rig()
+
+    async def crash(keys: Sequence[str]) -> list[bytes | None]:
+        raise ZeroDivisionError
+
+    rig.pipeline._cache.get_many = crash  # type: ignore[method-assign]
+    job = spec()
+    insert(rig.rows, job)
+    await rig.settled(rig.take(job.id))
+
+    assert rig.state(job.id) == "queued"
+    assert rig.claims.fences() == {}
+    assert rig.slots.take(1000) == 8
 
 
 async def test_a_stale_doorbell_is_settled(make_rig: MakeRig) -> None:
@@ -570,6 +602,24 @@ class TestCalls:
         (row,) = result_rows(rig.rows, jobs[0].id)
         assert (row["error"]["code"], row["response"], row["calls"]) == ("bad_response", None, 1)
         assert rig.claims.fences() == {}
+
+    async def test_a_refusal_that_is_not_about_the_answer_does_not_cost_the_answer(
+        self, make_rig: MakeRig
+    ) -> None:
+        """The lease lapses, and the job runs again: it must not end as if the answer were bad."""
+        rig = make_rig()
+
+        async def answer_and_break(call: Call) -> list[Answer]:
+            rig.database.refusal = StoreRefusedError(sqlstate="42P01")
+            return await answer_all(call)
+
+        rig.provider.behaviour = answer_and_break
+        job = spec()
+        insert(rig.rows, job)
+        await rig.settled(rig.take(job.id))
+
+        assert rig.state(job.id) == "running"
+        assert result_rows(rig.rows, job.id) == []
 
     async def test_a_response_that_is_not_utf8_does_not_take_others_along(
         self, make_rig: MakeRig

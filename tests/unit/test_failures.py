@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import exc
 
 from promptfleet_shared.store.failures import is_collision, may_be_done, will_pass
@@ -27,6 +28,32 @@ def test_what_passes(sqlstate: str | None) -> None:
 def test_what_is_refused(sqlstate: str) -> None:
     assert not will_pass(failure(sqlstate))
     assert not may_be_done(failure(sqlstate))
+
+
+def test_two_connections_in_a_row_that_were_dead_when_the_pool_gave_them_out() -> None:
+    """The pool has no class for it; see `Pool.connect` and `DisconnectionError`."""
+
+    def refuse(*_: object) -> None:
+        raise exc.DisconnectionError
+
+    pool = sa.pool.QueuePool(Dead, pool_size=1)
+    sa.event.listen(pool, "checkout", refuse)
+    with pytest.raises(exc.InvalidRequestError) as caught:
+        pool.connect()
+
+    assert will_pass(caught.value)
+    assert not may_be_done(caught.value)
+    assert not will_pass(exc.InvalidRequestError("another mistake"))
+
+
+class Dead:
+    """What a pool holds."""
+
+    def close(self) -> None:
+        pass
+
+    def rollback(self) -> None:
+        pass
 
 
 def test_a_server_that_ended_the_session_and_refused() -> None:

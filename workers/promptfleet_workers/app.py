@@ -15,6 +15,7 @@ from promptfleet_shared.settings import Settings, default_worker_name, load_sett
 from promptfleet_shared.signing import split_secrets
 from promptfleet_shared.store.database import AsyncDatabase, Database
 from promptfleet_workers import gate, logs, tasks
+from promptfleet_workers.background import keep_running
 from promptfleet_workers.batching import Slots
 from promptfleet_workers.breaker_exchange import BreakerExchange
 from promptfleet_workers.breakers import Breakers
@@ -76,7 +77,7 @@ class Builder:
         breakers = Breakers.of(fleet, calls=calls, emit=emit)
         exchange = BreakerExchange(breakers, settings.broker_url.get_secret_value())
         await exchange.exchange()  # so that the first call knows of a breaker that is open
-        exchanging = asyncio.create_task(exchange.run())
+        exchanging = asyncio.create_task(keep_running("breakers", exchange.run))
         deliverer = build_deliverer(settings, emit)
         endings = Endings(
             database=database,
@@ -89,6 +90,7 @@ class Builder:
             patience_s=settings.lease_s,
             ring=self._ringer.ring,
             announce=notices.tell,
+            wake_callbacks=deliverer.wake,
             emit=emit,
         )
         pipeline = Pipeline(

@@ -17,8 +17,8 @@ import orjson
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
+from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.breaker_reports import FleetView, Report, Terms
 from promptfleet_workers.breakers import Breakers
 
@@ -106,7 +106,7 @@ class BreakerExchange:
         try:
             async with asyncio.timeout(self._timeout_s):
                 replies = await self._ask(reports, [KEY % breaker.name for breaker in breakers])
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_FAILURES as error:
             for breaker, report in zip(breakers, reports, strict=True):
                 breaker.not_heard(report)
             self._say_lost(error)

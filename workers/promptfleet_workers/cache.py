@@ -20,9 +20,9 @@ import orjson
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from promptfleet_shared.jobs import JobKind, Usage
+from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.providers.protocol import Completion
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class RedisCache:
                 async with asyncio.timeout(self._timeout_s):
                     values: list[Any] = await self._redis.mget(keys)  # bytes: nothing is decoded
                     return values
-            except (RedisError, OSError, TimeoutError) as error:
+            except REDIS_FAILURES as error:
                 self._cool_down(error)
         return [None] * len(keys)
 
@@ -152,7 +152,7 @@ class RedisCache:
             async with asyncio.timeout(self._timeout_s):
                 for ttl_s, (keys, values) in by_ttl.items():
                     await self._set(keys, [ttl_s, *values])
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_FAILURES as error:
             self._cool_down(error)
 
     async def aclose(self) -> None:

@@ -146,6 +146,12 @@ class Caller:
         self._claims.work(task, [work.job for work in live])
         self._keep(task)
 
+    def give_back_idle(self, works: Sequence[Work]) -> None:
+        """Queue those again that have not ended, and that nobody is at."""
+        for work in works:
+            if not work.ended and not self._claims.has_task(work.job.id):
+                self._endings.give_back(work, 0.0, counts=False)
+
     async def idle(self) -> None:
         """Wait until no request is in flight or about to start."""
         while self._tasks:

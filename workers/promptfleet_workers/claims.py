@@ -68,6 +68,10 @@ class Claims:
         for job in jobs:
             self._tasks.pop(job.id, None)
 
+    def has_task(self, job_id: uuid.UUID) -> bool:
+        """True while a task works on the job."""
+        return job_id in self._tasks
+
     def aborted(self, job_id: uuid.UUID) -> Abort | None:
         """Why the job was given up, if it was."""
         return self._aborted.get(job_id)

@@ -54,6 +54,7 @@ class Endings:
         patience_s: float,
         ring: Callable[[Iterable[Doorbell]], None],
         announce: Callable[[Iterable[uuid.UUID]], None],
+        wake_callbacks: Callable[[], None],
         emit: Emit,
     ) -> None:
         """Write nothing yet."""
@@ -65,6 +66,8 @@ class Endings:
         self._streams = streams
         self._ring = ring
         self._announce = announce
+        self._wake_callbacks = wake_callbacks
+        self._owes_callbacks = False
         self._emit = emit
         self._finisher = Finisher(
             database, patience_s=patience_s, on_written=self._written, on_released=self._released
@@ -208,6 +211,7 @@ class Endings:
         self._slots.ended()
         if isinstance(end, Outcome):
             self._streams.ending(work.job)
+            self._owes_callbacks |= work.job.has_callback
         else:
             self._streams.drop(work.job.id)
         self._finisher.add(end)
@@ -241,6 +245,9 @@ class Endings:
     def _written(self, outcomes: Sequence[Outcome], written: set[uuid.UUID]) -> None:
         self._announce(written)
         self._streams.ended(outcomes, written)
+        if self._owes_callbacks:
+            self._owes_callbacks = False
+            self._wake_callbacks()
         items = [(o, self._to_cache.pop(o.job_id, None)) for o in outcomes]
         known = [item for o, item in items if item is not None and o.state is JobState.SUCCEEDED]
         if known:

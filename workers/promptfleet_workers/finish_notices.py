@@ -17,9 +17,10 @@ import redis.asyncio
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from promptfleet_shared.finish_notices import CHANNEL, encode_notice
+from promptfleet_shared.redis_failures import REDIS_FAILURES
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class FinishNotices:
                 async with asyncio.timeout(self._timeout_s):
                     await self._publish(encode_notice(ids))
                 self._is_away = False
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_FAILURES as error:
             self._cold_until = self._clock() + self._cool_down_s
             self._ids = []
             if not self._is_away:

@@ -112,7 +112,7 @@ class Finisher:
                     await self._write([outcome])
                 return
             log.error("result_refused", extra={"job": str(outcomes[0].job_id), "error": str(error)})  # noqa: TRY400 - a traceback could show outputs
-            if outcomes[0].state is JobState.SUCCEEDED:
+            if outcomes[0].state is JobState.SUCCEEDED and _is_about_data(error):
                 # Else its lease would lapse, and the same answer be paid for again.
                 await self._write([_unstorable(outcomes[0])])
                 return
@@ -130,6 +130,10 @@ class Finisher:
         except (StoreRefusedError, StoreUnavailableError) as error:
             log.error("claims_not_released", extra={"jobs": len(releases), "error": str(error)})  # noqa: TRY400 - as above
         self._on_released(releases, doorbells)
+
+
+def _is_about_data(error: StoreRefusedError | TypeError | ValueError) -> bool:
+    return not isinstance(error, StoreRefusedError) or (error.sqlstate or "").startswith("22")
 
 
 def _unstorable(outcome: Outcome) -> Outcome:

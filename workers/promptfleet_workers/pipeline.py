@@ -77,6 +77,14 @@ class Pipeline:
             self._hand_back(tier, tickets)
             return
         works = await self._claim(tier, tickets)
+        try:
+            await self._start_calls(tier, works)
+        except Exception as error:  # noqa: BLE001 - a bug must not keep what is claimed
+            name = type(error).__name__
+            log.error("batch_crashed", extra={"error": name})  # noqa: TRY400 - a traceback could show a prompt
+            self._caller.give_back_idle(works)
+
+    async def _start_calls(self, tier: str, works: list[Work]) -> None:
         routed = [work for work in works if self._has_route(work)]
         misses = await self._answer_from_cache(routed)
         leaders = [work for work in misses if self._endings.leads(work)]

@@ -19,9 +19,9 @@ from typing import Any
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from promptfleet_shared.jobs import ClaimedJob, JobState, Outcome
+from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_shared.store.claims import storable_text
 from promptfleet_shared.token_stream import (
     ENDED_TTL_S,
@@ -268,7 +268,7 @@ class TokenStreams:
         try:
             async with asyncio.timeout(self._timeout_s):
                 replies: list[int] = await self._add([live.key for live in lives], args)
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_FAILURES as error:
             self._cool_down(error)
             self._dirty.update((live, None) for live in lives if live.unsent and not live.state)
             return

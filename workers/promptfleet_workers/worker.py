@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.jobs import Doorbell
+from promptfleet_workers.background import keep_running
 from promptfleet_workers.batching import DoorbellWait, Slots
 from promptfleet_workers.callbacks import Deliverer
 from promptfleet_workers.claims import Claims, Heartbeat
@@ -153,7 +154,7 @@ class FleetWorker:
             await parts.health.start()
         self._parts = parts
         parts.heartbeat.start()
-        self._sweeping = asyncio.create_task(parts.sweeper.run())
+        self._sweeping = asyncio.create_task(keep_running("sweeper", parts.sweeper.run))
         parts.deliverer.start()
         parts.vitals.phase = Phase.SERVING
         parts.watchdog.start(self._give_up)

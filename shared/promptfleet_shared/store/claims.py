@@ -46,7 +46,8 @@ UPDATE jobs SET state = 'running', fence = fence + 1, attempt = attempt + 1,
 RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, priority, cache,
           attempt, deferrals, calls, on_unknown,
           greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
-          extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s, stream
+          extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s, stream,
+          callback_url IS NOT NULL AS has_callback
 """)
 
 # Beats come often, to hear of cancellations, but write only where a third of the lease is over:
@@ -151,6 +152,7 @@ def _claimed(row: Any) -> ClaimedJob:
         queued_ms=row[14],
         remaining_s=row[15],
         stream=row[16],
+        has_callback=row[17],
     )
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import exc
 
 from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.store.engines import make_async_engine, make_engine, unavailable
-from promptfleet_shared.store.failures import will_pass
+from promptfleet_shared.store.failures import sqlstate_of, will_pass
 
 T = TypeVar("T")
 Statement = Callable[[sa.Connection], T]
@@ -133,4 +133,5 @@ def _plain(error: exc.SQLAlchemyError) -> StoreUnavailableError | StoreRefusedEr
     if will_pass(error):
         return unavailable(error)
     cause = getattr(error, "orig", None) or error
-    return StoreRefusedError(f"the database refused a statement ({type(cause).__name__})")
+    message = f"the database refused a statement ({type(cause).__name__})"
+    return StoreRefusedError(message, sqlstate=sqlstate_of(error))

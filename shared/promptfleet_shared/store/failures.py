@@ -30,6 +30,8 @@ _PASSING = frozenset(
 _CONNECTION_CLASS = "08"
 _COLLISIONS = frozenset({"40001", "40P01"})
 READ_ONLY = "25006"
+# What the pool says, without a class of its own, once two connections in a row were dead.
+_DEAD_AT_CHECKOUT = "This connection is closed"
 
 
 def sqlstate_of(error: BaseException) -> str | None:
@@ -45,7 +47,7 @@ def will_pass(error: BaseException) -> bool:
     if isinstance(error, exc.TimeoutError):  # of the pool: every connection is in use
         return True
     if not isinstance(error, exc.DBAPIError):
-        return False
+        return isinstance(error, exc.InvalidRequestError) and _DEAD_AT_CHECKOUT in str(error)
     sqlstate = sqlstate_of(error)
     if sqlstate is None:
         return error.connection_invalidated or isinstance(error, exc.OperationalError)
