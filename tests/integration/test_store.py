@@ -910,6 +910,19 @@ class TestPrune:
         assert len(result_rows(database, recent.id)) == 1
         assert len(ledger_rows(database, old.id)) == 1  # what was paid stays on the books
 
+    def test_a_job_stays_until_its_callback_is_delivered(self, database: sa.Engine) -> None:
+        job = spec(callback_url="https://example.com/hook")
+        insert(database, job)
+        finish_all(database, outcome(claim_one(database, job.id)))
+        change(database, job.id, finished_at=ago(3600))
+
+        with database.begin() as connection:
+            assert prune(connection, floor=uuid7(), age_s=60) == 0
+            connection.execute(sa.text("UPDATE callbacks SET delivered_at = clock_timestamp()"))
+            assert prune(connection, floor=uuid7(), age_s=60) == 1
+
+        assert callback_rows(database, job.id) == []
+
 
 class TestConstraints:
     @pytest.mark.parametrize(
@@ -973,9 +986,7 @@ class TestMigrations:
         with admin.connect() as connection:
             connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
-    def test_lead_to_the_tables(
-        self, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_lead_to_the_tables(self, database: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(PGDialect.ischema_names, "xid8", Xid8)
         with database.connect() as connection:
             context = MigrationContext.configure(

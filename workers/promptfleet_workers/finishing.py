@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
@@ -139,6 +138,6 @@ def _is_about_data(error: StoreRefusedError | TypeError | ValueError) -> bool:
 def _unstorable(outcome: Outcome) -> Outcome:
     """What is written in place of an answer that Postgres can't hold."""
     error = JobError(code="bad_response", message="the answer can't be stored as JSON")
-    return dataclasses.replace(
-        outcome, state=JobState.FAILED, text=None, response=None, finish_reason=None, error=error
+    return outcome._replace(
+        state=JobState.FAILED, text=None, response=None, finish_reason=None, error=error
     )

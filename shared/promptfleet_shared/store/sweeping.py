@@ -98,6 +98,8 @@ _PRUNE = sa.text("""
 WITH old AS MATERIALIZED (
     SELECT id AS job_id FROM jobs
      WHERE id < CAST(:floor AS uuid) AND finished_at < clock_timestamp() - :age_s * interval '1 s'
+       AND NOT EXISTS (SELECT FROM callbacks WHERE callbacks.job_id = jobs.id
+                          AND delivered_at IS NULL AND exhausted_at IS NULL)
        -- What a batch has not written into its files yet is kept for it.
        AND NOT EXISTS (
            SELECT FROM batches WHERE batches.id = jobs.batch_id
@@ -151,6 +153,8 @@ def silent_doorbells(
 
 def prune(connection: sa.Connection, *, floor: uuid.UUID, age_s: float, limit: int = 1000) -> int:
     """Delete up to `limit` jobs and results that ended more than `age_s` seconds ago.
+
+    What has a callback to be delivered stays until it is delivered or exhausted.
 
     Args:
         connection: In a transaction that the caller commits.
