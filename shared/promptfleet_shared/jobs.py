@@ -117,6 +117,7 @@ class ClaimedJob(NamedTuple):
         attempt: Which attempt this is, from 1.
         deferrals: How often a provider had no room for it.
         calls: Provider calls that earlier attempts made.
+        crashes: Workers that were lost while they had it.
         queued_ms: Milliseconds from when the job could run until this claim.
         remaining_s: Seconds from the claim to the deadline, by the database's clock.
     """
@@ -139,6 +140,7 @@ class ClaimedJob(NamedTuple):
     remaining_s: float
     stream: bool = False
     has_callback: bool = False
+    crashes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

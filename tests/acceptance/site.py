@@ -25,6 +25,8 @@ max_concurrent_calls = {calls}
 batch_window_ms = 10
 [tiers]
 basic = {{ models = ["m"] }}
+[breaker]
+window_s = 600  # what was well stays so for a whole test
 [models.m]
 price_as = "free"
 deployments = [{{ base_url = "{url}", max_concurrent_calls = {at_once} }}]

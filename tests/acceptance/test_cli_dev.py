@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import sqlalchemy as sa
 from tests.acceptance.conftest import PROMPTFLEET, DevFleet
@@ -39,6 +40,17 @@ def test_addresses_are_private_and_passwords_not_on_the_screen(dev: DevFleet) ->
     password = sa.make_url(values["PROMPTFLEET_DATABASE_URL"]).password
     assert password
     assert password not in dev.output
+
+
+def test_the_api_answers_this_machine_without_a_key(dev: DevFleet) -> None:
+    url = json.loads(dev.run("env", "--json").stdout)["PROMPTFLEET_PUBLIC_URL"]
+    assert f"{url}/docs" in dev.output
+    with httpx.Client(base_url=url, timeout=40) as client:
+        job = client.post("/v1/jobs", json={"prompt": "Hello API", "tier": "basic"})
+        assert job.status_code == 202, job.text
+        answer = client.get(job.headers["location"], params={"wait": 30}).json()
+    assert answer["state"] == "succeeded", answer
+    assert dev.run("result", answer["id"]).returncode == 0
 
 
 def test_doctor_finds_nothing_wrong(dev: DevFleet) -> None:

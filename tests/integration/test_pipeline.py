@@ -838,6 +838,38 @@ class TestBreakers:
         assert [row["last_error"]["code"] for row in rows] == ["insufficient_quota", "key_stopped"]
 
 
+class TestSuspects:
+    """Jobs whose next lost worker would be taken for their doing."""
+
+    async def test_a_worker_has_one_of_them_at_a_time(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        rig.provider.behaviour = hang
+        innocent, *suspects = jobs = [spec(f"{n}") for n in range(4)]
+        insert(rig.rows, *jobs)
+        for job in suspects:
+            change(rig.rows, job.id, crashes="2")
+
+        rig.take(*(job.id for job in jobs))
+        await rig.calling(2)
+
+        assert sorted(rig.state(job.id) for job in suspects) == ["queued", "queued", "running"]
+        assert rig.state(innocent.id) == "running"
+        given_back = [job for job in suspects if rig.state(job.id) == "queued"]
+        assert [job_row(rig.rows, job.id)["attempt"] for job in given_back] == [0, 0]
+
+    async def test_the_next_one_follows_when_it_has_ended(self, make_rig: MakeRig) -> None:
+        rig = make_rig()
+        first, second = jobs = [spec(f"{n}") for n in range(2)]
+        insert(rig.rows, *jobs)
+        for job in jobs:
+            change(rig.rows, job.id, crashes="2")
+
+        for job in jobs:
+            await rig.settled(rig.take(job.id))
+
+        assert [rig.state(first.id), rig.state(second.id)] == ["succeeded"] * 2
+
+
 class TestUnknownOutcomes:
     async def test_by_default_the_job_is_tried_again(self, make_rig: MakeRig) -> None:
         rig = make_rig()

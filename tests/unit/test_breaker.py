@@ -180,6 +180,13 @@ class TestOpening:
         assert bench.permit(retry=True)
         assert bench.events == []
 
+    def test_turned_off_it_grants_retries_without_news_of_the_fleet(self) -> None:
+        bench = Bench(BreakerOptions(enabled=False))
+        bench.goes_on_alone()
+        bench.call(False, 100)
+
+        assert bench.permit(retry=True)
+
 
 class TestAlone:
     """Without news of the fleet."""

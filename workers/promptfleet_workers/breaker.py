@@ -399,7 +399,8 @@ class Breaker:
             self._take_over(view, now, anew=self._local)
             if view.probe and self._probing is None and report.probe == "ask":
                 self._token_until = asked_at + HOLD_S
-        self.well = view.well and self._state != "open" and not self._own_unwell
+        well = view.well and self._state != "open" and not self._own_unwell
+        self.well = well or not self._options.enabled
 
     def _knows_better(self, view: FleetView) -> bool:
         """Our own judgement stands where the fleet has none against it."""
@@ -419,7 +420,7 @@ class Breaker:
     def not_heard(self, report: Report) -> None:
         """The report reached nobody, as far as we know: go on with our own judgement."""
         now, options = self._clock(), self._options
-        if now - self._heard_at <= ALONE_AFTER_S:
+        if now - self._heard_at <= ALONE_AFTER_S or not options.enabled:
             return
         if self._found:
             self._act_on_probe(now)

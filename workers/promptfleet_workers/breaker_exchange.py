@@ -100,6 +100,8 @@ class BreakerExchange:
 
     async def exchange(self) -> bool:
         """One round trip; false if the fleet could not be asked. Raises nothing of Redis."""
+        if not self._breakers.options.enabled:
+            return False
         breakers = self._breakers.all()
         asked_at = self._clock()
         reports = [breaker.report() for breaker in breakers]

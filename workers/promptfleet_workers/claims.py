@@ -114,6 +114,10 @@ class Claims:
         self._confirmed.set()
         self._confirmed.clear()
 
+    def holds(self, job_id: uuid.UUID) -> bool:
+        """True until the job is finished, released or lost."""
+        return job_id in self._held
+
     def fences(self) -> dict[uuid.UUID, int]:
         """The fence of each held job; safe to call from another thread."""
         return dict(self._held)

@@ -198,6 +198,10 @@ class Endings:
                 self._promote_follower(work)
         return True
 
+    async def flush(self) -> None:
+        """Write all that has ended by now, and wait for it."""
+        await self._finisher.flush()
+
     async def drain(self) -> None:
         """Write all that has ended and fill the cache with it."""
         await self._finisher.drain()

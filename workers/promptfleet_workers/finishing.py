@@ -73,6 +73,13 @@ class Finisher:
             wait_s = max(0.0, self._flushed_at + self._after_s - loop.time())
             self._timer = loop.call_later(wait_s, self._flush)
 
+    async def flush(self) -> None:
+        """Write what is there now, and wait for that."""
+        self._flush()
+        writes = set(self._writes)
+        if writes:
+            await asyncio.wait(writes)
+
     async def drain(self) -> None:
         """Write all that is left and wait for it."""
         self._flush()

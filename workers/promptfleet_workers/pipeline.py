@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from promptfleet_shared.fleet import Fleet
 from promptfleet_shared.jobs import CacheMode, CacheStatus, Doorbell, JobError
 from promptfleet_shared.store import claims as claims_store
 from promptfleet_shared.store.database import AsyncDatabase
+from promptfleet_shared.store.sweeping import MAX_CRASHES
 from promptfleet_workers.batching import Batcher, DoorbellWait, Ticket
 from promptfleet_workers.cache import ResponseCache, cache_key, decode_completion
 from promptfleet_workers.calling import Caller, plan_requests
@@ -28,6 +30,8 @@ from promptfleet_workers.work import Batch, Work
 log = logging.getLogger(__name__)
 
 CLAIM_PATIENCE_S = 30.0
+LAST_CHANCE = MAX_CRASHES - 1
+SUSPECT_WAIT_S = 1.0
 
 
 class Pipeline:
@@ -62,6 +66,7 @@ class Pipeline:
         self._emit = emit
         self._batcher = Batcher(fleet.batch_options, self.run_batch)
         self._draining = False
+        self._suspect: uuid.UUID | None = None
 
     def take(self, tier: str, ids: Sequence[uuid.UUID], wait: DoorbellWait) -> None:
         """Gather ids, for which the slots are taken."""
@@ -85,11 +90,32 @@ class Pipeline:
             self._caller.give_back_idle(works)
 
     async def _start_calls(self, tier: str, works: list[Work]) -> None:
+        if any(work.job.crashes >= LAST_CHANCE for work in works):
+            works = await self._without_other_suspects(works)
         routed = [work for work in works if self._has_route(work)]
         misses = await self._answer_from_cache(routed)
         leaders = [work for work in misses if self._endings.leads(work)]
         for request in plan_requests(leaders, self._fleet.batch_options(tier)):
             await self._caller.start(request)
+
+    async def _without_other_suspects(self, works: list[Work]) -> list[Work]:
+        """Keep one job, at a time, of those that may not lose another worker.
+
+        One of them may be what kills workers. The others were only near it, and must not be lost
+        with it once more: they are given back before anything of this batch is called.
+        """
+        kept = []
+        for work in works:
+            if work.job.crashes < LAST_CHANCE:
+                kept.append(work)
+            elif self._suspect is None or not self._claims.holds(self._suspect):
+                self._suspect = work.job.id
+                kept.append(work)
+            else:
+                wait_s = random.uniform(0.5, 1.5) * SUSPECT_WAIT_S  # noqa: S311 - no secret
+                self._endings.give_back(work, wait_s, counts=False)
+        await self._endings.flush()
+        return kept
 
     async def drain(self, patience_s: float) -> None:
         """Claim nothing new, let what runs end, and give back what has not by then."""

@@ -47,7 +47,7 @@ RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, pri
           attempt, deferrals, calls, on_unknown,
           greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
           extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s, stream,
-          callback_url IS NOT NULL AS has_callback
+          callback_url IS NOT NULL AS has_callback, crashes
 """)
 
 # Beats come often, to hear of cancellations, but write only where a third of the lease is over:
@@ -153,6 +153,7 @@ def _claimed(row: Any) -> ClaimedJob:
         remaining_s=row[15],
         stream=row[16],
         has_callback=row[17],
+        crashes=row[18],
     )
 
 
