@@ -12,7 +12,7 @@ from promptfleet_shared.jobs import JobSpec, JobState, OnUnknown, Outcome, Relea
 
 MAX_CRASHES = 3
 DEADLINE_GRACE_S = 15.0
-RING_GRACE_S = 10.0
+RING_GRACE_S = 30.0
 SILENCE_S = 5.0
 
 Claim = tuple[uuid.UUID, int]
@@ -237,7 +237,10 @@ class Model:
         old = [
             job_id
             for job_id, job in self.jobs.items()
-            if job.finished_at is not None and job.finished_at < now - age_s
+            # Nobody delivers callbacks here, so what has one stays.
+            if job.finished_at is not None
+            and job.finished_at < now - age_s
+            and job.spec.callback_url is None
         ]
         for job_id in old:
             del self.jobs[job_id]
@@ -262,7 +265,7 @@ class Model:
             job.crashes += 1
             job.attempt -= 1
             job.fence += 1
-        back_off_s = min(300.0, 10.0 * 2 ** min(job.rings, 10))
+        back_off_s = min(300.0, 30.0 * 2 ** min(job.rings, 10))
         job.sweep_at = min(job.deadline, now + back_off_s)
         if verdict in {"ring", "lost"}:
             job.rings += 1

@@ -123,13 +123,17 @@ class Nemesis:
 
     def _strike_all(self) -> None:
         """Carry out begins and heals in the order of their times."""
-        moments = [(s.at_s, 0, number) for number, s in enumerate(self._plan)]
-        moments += [(s.at_s + s.lasts_s, 1, number) for number, s in enumerate(self._plan)]
+        # What heals at the moment at which another begins, heals first.
+        moments = [(s.at_s, 1, number) for number, s in enumerate(self._plan)]
+        moments += [
+            (s.at_s + s.lasts_s, 0 if s.lasts_s else 2, number)
+            for number, s in enumerate(self._plan)
+        ]
         struck: dict[int, Done] = {}
-        for at_s, ends, number in sorted(moments):
+        for at_s, order, number in sorted(moments):
             time.sleep(max(0.0, self._started + at_s - time.monotonic()))
             fault = self._plan[number].fault
-            if ends:
+            if order != 1:
                 fault.heal(self._world)
                 struck[number].ended = time.monotonic()
             else:

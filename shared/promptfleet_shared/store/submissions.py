@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from promptfleet_shared.errors import IdempotencyConflictError, StoreRefusedError
 from promptfleet_shared.jobs import CacheOptions, JobSpec, OnUnknown
 
-RING_GRACE_S = 10
+RING_GRACE_S = 30
 """Seconds that a fresh doorbell has before the sweeper rings again."""
 
 # On any conflict: an id that is there already is ours, of a try whose reply was lost.

@@ -11,11 +11,11 @@ from promptfleet_shared.jobs import Doorbell
 
 MAX_CRASHES = 3
 """Lost leases after which a job is taken for the cause: `failed`, code `poison`."""
-RING_BACKOFF_S = 10
+RING_BACKOFF_S = 30
 RING_BACKOFF_MAX_S = 300
 
 # Each due job gets a verdict. Final ones get their results row (and callback) here and now;
-# queued ones are rung again after 10 s, 20 s, 40 s … so that a long backlog is not rung to death.
+# queued ones are rung again after 30 s, 60 s, 120 s … so that a long backlog is not rung to death.
 _SWEEP = sa.text("""
 WITH due AS MATERIALIZED (
     SELECT id AS job_id, state = 'running' AND lease_until < clock_timestamp() AS lapsed,
