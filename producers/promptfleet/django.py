@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import sqlalchemy as sa
@@ -50,16 +52,28 @@ def _borrow(driver: Any, on_commit: Callable[[Callable[[], None]], None]) -> sa.
     if type(driver).__module__.partition(".")[0] not in {"psycopg", "psycopg_pool"}:
         msg = f"Django's database must be reached through psycopg 3, not {type(driver).__module__}"
         raise ConfigurationError(msg)
-    engine = sa.create_engine(
+    lent = _lent.set(driver)
+    try:
+        connection = _engine().connect()
+    finally:
+        _lent.reset(lent)
+    connection.info[ON_COMMIT] = on_commit
+    return connection
+
+
+_lent: ContextVar[Any] = ContextVar("promptfleet_django_connection")
+
+
+@functools.cache
+def _engine() -> sa.Engine:
+    """One for all, since a new one would ask each connection for the server's version and so on."""
+    return sa.create_engine(
         "postgresql+psycopg://",
-        creator=lambda: _Borrowed(driver),
+        creator=lambda: _Borrowed(_lent.get()),
         poolclass=sa.NullPool,
         hide_parameters=True,  # prompts are among them
         use_native_hstore=False,
     )
-    connection = engine.connect()
-    connection.info[ON_COMMIT] = on_commit
-    return connection
 
 
 class _Borrowed:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import uuid
 import weakref
 from collections import defaultdict
@@ -36,8 +37,8 @@ EVICTION_CURE = (
     " (PROMPTFLEET_CACHE_URL) may evict"
 )
 PUBLISH_TIMEOUT_S = 2.0
-BUSY_IDS = 5
-"""Ids in one window after which the next window is `BUSY_WINDOWS` times as long."""
+BUSY_IDS = 20
+"""Ids a window from which on the next window is `BUSY_WINDOWS` times as long."""
 BUSY_WINDOWS = 5
 PRIORITY_STEPS = tuple(range(8))
 """Redis has a list for each; 0 is consumed first. Neighbouring priorities share one."""
@@ -210,7 +211,8 @@ class Ringer:
 
         Args:
             app: From `make_celery`.
-            window_s: Seconds to collect after the first doorbell.
+            window_s: Seconds between two messages, at least: the first doorbell after a quiet time
+                is rung at once, those that follow it together.
         """
         self._app = app
         self._window_s = window_s
@@ -225,6 +227,7 @@ class Ringer:
         self._busy: bool = False
         self._hurry: bool = False
         self._closed: bool = False
+        self._rung_at = time.monotonic()
 
     def ring(self, doorbells: Iterable[Doorbell]) -> None:
         """Queue the doorbells for the next message."""
@@ -272,11 +275,14 @@ class Ringer:
                     return
                 # Many calls at once are worth a longer wait: a message costs as much as 100 ids.
                 window_s = self._window_s * (BUSY_WINDOWS if busy else 1)
+                left_s = self._rung_at + window_s - time.monotonic()
                 self._changed.wait_for(
-                    lambda: self._hurry or self._closed or len(self._waiting) >= MAX_IDS, window_s
+                    lambda: self._hurry or self._closed or len(self._waiting) >= MAX_IDS,
+                    max(0.0, left_s),
                 )
                 batch, self._waiting, self._busy = self._waiting, [], True
-                busy = len(batch) > BUSY_IDS
+                self._rung_at = time.monotonic()
+                busy = len(batch) > BUSY_IDS * (BUSY_WINDOWS if busy else 1)
             try:
                 publish(self._app, batch)
             except Exception as error:  # noqa: BLE001  # the thread must outlive any doorbell

@@ -54,7 +54,8 @@ class Settings(BaseSettings):
         config: The path of fleet.toml; ./fleet.toml where there is one, else the defaults.
         tenant: Whose jobs this process submits and reads.
         deadline_s: Seconds until a job without a deadline of its own expires.
-        doorbell_window_ms: How long the background ringer collects the ids of concurrent calls.
+        doorbell_window_ms: How long the background ringer collects the ids of concurrent calls; the
+            first one after a quiet time is rung at once.
         lease_s: Seconds that a worker's claim lasts without a heartbeat.
         sweep_interval_s: Seconds between a worker's looks for lost and overdue jobs.
         drain_s: Seconds that a worker's running jobs have to end after SIGTERM.

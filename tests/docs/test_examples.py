@@ -2,7 +2,7 @@
 
 Python blocks of a page run one after the other in one namespace, under `promptfleet.testing`. What
 an ```output block shows is what the block before it printed. ```python pytest is a test file of
-its own.
+its own; ```python recipe needs real servers, and runs in test_recipes.py.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def test_test_files_pass(block: Block, tmp_path: Path) -> None:
 
 def test_every_mark_is_known() -> None:
     marks = {block.mark for page in pages() for block in blocks(page, "python")}
-    assert marks <= {"", "pytest"}
+    assert marks <= {"", "pytest", "recipe"}
     languages = {
         match
         for page in pages()
         for match in re.findall(r"^ *```(\w+)", page.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert languages <= {"python", "output", "toml", "console", "mermaid", "text", "sql"}
+    assert languages <= {"python", "js", "output", "toml", "console", "mermaid", "text", "sql"}
 
 
 @pytest.mark.parametrize("page", _with("toml"), ids=_name)

@@ -48,7 +48,8 @@ def _run(name: str, environment: dict[str, str], *flags: str) -> str:
 
 
 def test_every_program_is_tested_and_told_of() -> None:
-    tested = Path(__file__).read_text(encoding="utf-8")
+    here, tours = Path(__file__), ROOT / "tests/integration/test_tours.py"
+    tested = "".join(p.read_text(encoding="utf-8") for p in (here, tours))
     told = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs").rglob("*.md"))
     for program in PROGRAMS:
         assert f'_run("{program.name}"' in tested

@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 from openai.types.chat import ChatCompletionChunk
 from tests.api_server import ApiServer, Tenant, api_server, new_tenant
+from tests.docs.pages import ROOT, blocks
 from tests.processes import Provider, provider, start_worker, worker_environment
 from tests.rows import job_row
 from tests.waiting import eventually
@@ -30,7 +31,8 @@ batch_window_ms = 5
 retry_attempts = 1
 retry_delay_ms = 20
 [breaker]
-enabled = false
+min_calls = 10000
+retries_per_s = 1000
 [tiers.basic]
 models = ["small"]
 [tiers.other]
@@ -311,10 +313,10 @@ def test_an_early_refusal_of_a_stream_has_its_status(client: openai.OpenAI) -> N
 
 def test_a_stream_that_fails_in_the_middle_raises(client: openai.OpenAI) -> None:
     messages = ask("[[sim:error-event,latency-ms=100]] one two three four five six")
-    seen = []
-    with pytest.raises(openai.APIError) as raised:  # noqa: PT012
-        for chunk in client.chat.completions.create(model="small", messages=messages, stream=True):
-            seen.append(chunk)
+    seen: list[ChatCompletionChunk] = []
+    stream = client.chat.completions.create(model="small", messages=messages, stream=True)
+    with pytest.raises(openai.APIError) as raised:
+        seen.extend(stream)
     assert isinstance(raised.value.body, dict)
     assert raised.value.body.keys() == {"message", "type", "param", "code"}
     assert text_of(seen)
@@ -361,9 +363,7 @@ def test_completions(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3], [[1, 2], [3]]])
-def test_tokens_are_prompts_too(
-    client: openai.OpenAI, engine: sa.Engine, simulated: Provider, prompt: Any
-) -> None:
+def test_tokens_are_prompts_too(client: openai.OpenAI, engine: sa.Engine, prompt: Any) -> None:
     """The simulated provider reads texts only: its refusal shows that they got there."""
     with pytest.raises(openai.BadRequestError) as raised:
         client.completions.create(model="small", prompt=prompt)
@@ -403,28 +403,23 @@ def test_models(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("marker", "error", "status", "code"),
     [
-        ("status=400", openai.BadRequestError, 400, "http_400"),
+        ("status=400", openai.BadRequestError, 400, "invalid_request_error"),
         (
             "status=400,code=context_length_exceeded",
             openai.BadRequestError,
             400,
             "context_length_exceeded",
         ),
-        ("status=404", openai.NotFoundError, 404, "http_404"),
-        ("status=403", openai.PermissionDeniedError, 403, "http_403"),
-        ("status=422", openai.UnprocessableEntityError, 422, "http_422"),
-        ("status=401", openai.InternalServerError, 502, "http_401"),
-        ("status=500", openai.InternalServerError, 502, "http_500"),
+        ("status=404", openai.NotFoundError, 404, "invalid_request_error"),
+        ("status=403", openai.PermissionDeniedError, 403, "invalid_request_error"),
+        ("status=422", openai.UnprocessableEntityError, 422, "invalid_request_error"),
+        ("status=401", openai.InternalServerError, 502, "invalid_api_key"),
+        ("status=500", openai.InternalServerError, 502, "server_error"),
         ("truncate", openai.InternalServerError, 502, "connection_lost"),
     ],
 )
 def test_what_the_provider_refuses(
-    client: openai.OpenAI,
-    engine: sa.Engine,
-    marker: str,
-    error: type[openai.APIStatusError],
-    status: int,
-    code: str,
+    client: openai.OpenAI, marker: str, error: type[openai.APIStatusError], status: int, code: str
 ) -> None:
     with pytest.raises(error) as raised:
         client.chat.completions.create(model="small", messages=ask(f"[[sim:{marker}]]"))
@@ -487,6 +482,140 @@ def test_keys_and_scopes(server: ApiServer, engine: sa.Engine) -> None:
     assert jobs_of(engine, reader.name) == 0
 
 
+# -- responses -------------------------------------------------------------------------------
+
+
+def test_responses(client: openai.OpenAI, engine: sa.Engine) -> None:
+    raw = client.responses.with_raw_response.create(
+        model="small",
+        instructions="Be brief",
+        input=[
+            {"role": "user", "content": [{"type": "input_text", "text": f"Hi {uuid.uuid4()}"}]},
+            {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c1", "output": "sunny"},
+        ],
+        max_output_tokens=5,
+        temperature=0.5,
+        metadata={"run": "1"},
+        text={"format": {"type": "json_schema", "name": "reply", "schema": {"type": "object"}}},
+        tools=[{"type": "function", "name": "weather", "parameters": {}, "strict": False}],
+    )
+    response = raw.parse()
+    assert response.status == "incomplete"
+    assert response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+    assert response.output_text
+    assert response.usage is not None
+    assert response.usage.output_tokens == 5
+    assert response.instructions == "Be brief"
+    assert response.metadata == {"run": "1"}
+    assert response.temperature == 0.5
+    request = job_row(engine, uuid.UUID(raw.headers["x-promptfleet-job"]))["request"]
+    assert request["messages"][0] == {"role": "system", "content": "Be brief"}
+    assert [message["role"] for message in request["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+    ]
+    assert request["max_completion_tokens"] == 5
+    assert request["response_format"]["json_schema"]["name"] == "reply"
+    assert request["tools"][0]["function"]["name"] == "weather"
+    assert client.responses.retrieve(response.id).output_text == response.output_text
+
+
+def test_a_response_in_the_background(client: openai.OpenAI) -> None:
+    text = f"[[sim:latency-ms=300]] later {uuid.uuid4()}"
+    response = client.responses.create(model="small", input=text, background=True)
+    assert response.status == "queued"
+    assert response.background
+    assert response.output == []
+
+    def ended() -> Any:
+        found = client.responses.retrieve(response.id)
+        return None if found.status in {"queued", "in_progress"} else found
+
+    found = eventually(ended, "the response is complete")
+    assert found.status == "completed"
+    assert "later" in found.output_text
+    assert found.model == "sim-small"
+    assert found.created_at == pytest.approx(response.created_at, abs=5)
+
+
+def test_a_response_is_cancelled(client: openai.OpenAI) -> None:
+    text = f"[[sim:latency-ms=20000]] never {uuid.uuid4()}"
+    response = client.responses.create(model="small", input=text, background=True)
+    assert client.responses.cancel(response.id).status == "cancelled"
+    assert client.responses.retrieve(response.id).status == "cancelled"
+    assert client.responses.cancel(response.id).status == "cancelled"
+
+
+def test_a_response_fails(client: openai.OpenAI) -> None:
+    text = f"[[sim:status=400]] {uuid.uuid4()}"
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(model="small", input=text)
+    response = client.responses.create(model="small", input=text, background=True)
+
+    def failed() -> Any:
+        found = client.responses.retrieve(response.id)
+        return found if found.status == "failed" else None
+
+    found = eventually(failed, "the response fails")
+    assert found.error is not None
+    assert found.error.message
+
+
+def test_a_response_as_a_stream(client: openai.OpenAI) -> None:
+    text = f"one two three four five six {uuid.uuid4()}"
+    with client.responses.stream(model="small", input=text) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == "response.completed"
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == final.output_text
+    assert final.usage is not None
+    numbers = [event.sequence_number for event in events]
+    assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": ""}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, None),
+        ({"background": 1}, "background"),
+    ],
+)
+def test_what_responses_can_not_do(
+    client: openai.OpenAI, body: dict[str, Any], param: str | None
+) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.post("/responses", cast_to=object, body={"model": "small", "input": "Hi", **body})
+    assert param is None or raised.value.param == param
+
+
+def test_responses_of_others_do_not_exist(
+    client: openai.OpenAI, engine: sa.Engine, server: ApiServer
+) -> None:
+    mine = client.responses.create(model="small", input=f"Mine {uuid.uuid4()}")
+    other = new_tenant(engine)
+    theirs = openai.OpenAI(base_url=f"{server.url}/v1", api_key=other.key)
+    for verb in (theirs.responses.retrieve, theirs.responses.cancel):
+        for id_ in (mine.id, f"resp_{uuid.uuid4().hex}", "resp_x", "x"):
+            with pytest.raises(openai.NotFoundError) as raised:
+                verb(id_)
+            assert raised.value.body == {
+                "message": "There is no such response.",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "not_found",
+            }
+
+
 # -- patience --------------------------------------------------------------------------------
 
 
@@ -528,3 +657,24 @@ def test_a_client_that_leaves(server: ApiServer, engine: sa.Engine, *, cancels: 
         "the job ends",
     )
     assert state == ("cancelled" if cancels else "succeeded")
+
+
+# -- the documentation -----------------------------------------------------------------------
+
+
+def test_the_documented_script(
+    server: ApiServer,
+    tenant: Tenant,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", tenant.key)
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs/howto/use-the-openai-sdk.md", "python"):
+        code = block.code.replace("Write a novel", "[[sim:latency-ms=2000]] Write a novel")
+        exec(compile(code, block.page, "exec"), names)  # noqa: S102 - our own page
+    names["client"].close()
+    assert names["answer"].choices[0].message.content
+    assert names["job"]["state"] == "succeeded"
+    assert "sim-small" in capsys.readouterr().out

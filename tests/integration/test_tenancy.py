@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import uuid
@@ -18,9 +19,11 @@ from pydantic import SecretStr
 from sqlalchemy import event
 from sqlalchemy.exc import ProgrammingError
 from tests.rows import chat, claim_one, insert, job_row, outcome, spec
+from typer.testing import CliRunner
 from uuid_utils.compat import uuid7
 
 from promptfleet.api.stores import Stores
+from promptfleet.cli import app
 from promptfleet.dev_stack import EmbeddedPostgres
 from promptfleet_shared.errors import IdempotencyConflictError, StoreRefusedError
 from promptfleet_shared.jobs import Doorbell, JobState
@@ -163,6 +166,9 @@ def row_of(table: str, tenant: str) -> dict[str, Any]:
     if table in {"ledger", "callbacks"}:
         row.pop("id", None)
         row.pop("endpoint", None)
+        row["job_id"] = known["job_id"]
+    if table == "callbacks":
+        row["job_id"] = known["job_id"]
     if table == "file_chunks":
         row["file_id"] = (
             sa.select(metadata.tables["files"].c.id)
@@ -294,13 +300,21 @@ class TestRaisingIt:
         assert gap == "this login may not make the roles no_such_role"
         assert_goes_on_without(engine)
 
-    def test_waits_where_it_would_shut_the_owner_out(self, empty_for: Any) -> None:
+    def test_waits_where_it_would_shut_the_owner_out(
+        self, empty_for: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         engine = empty_for("plain_owner", "")
+        url = engine.url.render_as_string(hide_password=False)
+        monkeypatch.setenv("PROMPTFLEET_DATABASE_URL", url)
 
-        version = migrating.migrate(engine)
+        told = CliRunner().invoke(app, ["migrate"])
+        as_json = CliRunner().invoke(app, ["migrate", "--json"])
 
-        assert version.is_current
-        assert version.gap == "plain_owner owns tables and is no member of promptfleet_migrator"
+        gap = "plain_owner owns tables and is no member of promptfleet_migrator"
+        assert told.exit_code == 0
+        assert gap in told.stderr
+        assert PAGE.name in told.stderr
+        assert json.loads(as_json.stdout)["tenants_walled"] is False
         assert_goes_on_without(engine)
 
     def test_makes_the_roles_and_lets_their_maker_through(

@@ -164,6 +164,20 @@ class TestRinger:
         assert sorted(app.ids) == sorted(str(bell.job_id) for some in rung for bell in some)
         ringer.close()
 
+    def test_the_first_call_after_a_quiet_time_is_rung_at_once(self, app: FakeApp) -> None:
+        ringer = Ringer(app.celery, window_s=60)
+        ringer._rung_at -= 61  # so long ago
+
+        ringer.ring(bells(1))
+        eventually(lambda: len(app.ids) == 1, "the doorbell is rung")
+
+        ringer.ring(bells(1))
+        ringer.ring(bells(1))
+        assert len(app.ids) == 1  # within the window of the first one
+        assert ringer.flush(DEADLINE_S)
+        assert [len(message["ids"]) for message in app.messages] == [1, 2]
+        ringer.close()
+
     def test_the_window_ends_by_itself(self, app: FakeApp) -> None:
         ringer = Ringer(app.celery, window_s=0.001)
 

@@ -32,20 +32,20 @@ def cut(splitter: Splitter, body: bytes, cuts: list[int]) -> list[Item]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(values, max_size=5), st.lists(st.integers(0, 200), max_size=8), st.booleans())
+@given(st.lists(values, max_size=5), st.lists(st.integers(0, 40), max_size=8), st.booleans())
 def test_arrays_are_read_as_a_parser_reads_them(
     elements: list[object], cuts: list[int], indent: bool
 ) -> None:
     body = orjson.dumps(elements, option=orjson.OPT_INDENT_2 if indent else None)
 
-    items = cut(ArraySplitter(max_bytes=10_000), b" \n" + body + b"\n", cuts)
-
-    assert [orjson.loads(item.text) for item in items] == elements
-    assert [item.index for item in items] == list(range(len(elements)))
+    for places in (cuts, list(range(len(body)))):  # the latter is byte by byte
+        items = cut(ArraySplitter(max_bytes=10_000), b" \n" + body + b"\n", places)
+        assert [orjson.loads(item.text) for item in items] == elements
+        assert [item.index for item in items] == list(range(len(elements)))
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(values, max_size=5), st.lists(st.integers(0, 200), max_size=8))
+@given(st.lists(values, max_size=5), st.lists(st.integers(0, 40), max_size=8))
 def test_lines_are_read_wherever_they_are_cut(elements: list[object], cuts: list[int]) -> None:
     body = b"\r\n\n".join(orjson.dumps(element) for element in elements)
 
@@ -56,7 +56,20 @@ def test_lines_are_read_wherever_they_are_cut(elements: list[object], cuts: list
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"[", b"[1", b'["a]', b"[1,]", b"[,1]", b"[1,,2]", b"[1]]", b"[1] 2", b"{}", b"[1}"],
+    [
+        b"",
+        b"[",
+        b"[1",
+        b'["a]',
+        b"[1,]",
+        b"[,1]",
+        b"[1,,2]",
+        b"[1]]",
+        b"[1] 2",
+        b"[1][2]",
+        b"{}",
+        b"[1}",
+    ],
 )
 def test_what_is_no_array(body: bytes) -> None:
     for size in (1, 2, len(body) or 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -60,13 +61,15 @@ async def test_asynchronously(fleet: FakeFleet) -> None:
 
 
 def test_a_reader_waits_for_an_answer_that_comes_later(fleet: FakeFleet) -> None:
-    """Without a timeout, too: it looks again and again."""
+    """It looks again and again, and not only at the end of its time."""
     fleet.answers = None
     job = enqueue_prompt("Say it.", stream=True)
     answering = threading.Timer(0.1, fleet.answer, (job, "It."))
     answering.start()
 
-    assert list(job.tokens()) == ["It."]
+    began = time.monotonic()
+    assert list(job.tokens(20)) == ["It."]
+    assert time.monotonic() - began < 10
     answering.join()
 
 

@@ -14,7 +14,7 @@ from promptfleet.api.batch_runner import BatchRunner
 from promptfleet.api.edge import Edge
 from promptfleet.api.limits import Limits
 from promptfleet.api.metrics import ApiMetrics
-from promptfleet.api.openai import batches, completing, files, models
+from promptfleet.api.openai import batches, completing, files, models, responses
 from promptfleet.api.result_hub import ResultHub
 from promptfleet.api.services import Services
 from promptfleet.api.stores import Stores
@@ -33,6 +33,7 @@ _ROUTERS: tuple[APIRouter, ...] = (
     admin.router,
     completing.router,
     models.router,
+    responses.router,
     files.router,
     batches.router,
 )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from typing import Any
 
 from promptfleet.api.batch_work import BatchWork
 from promptfleet.api.errors import ApiError
@@ -38,10 +39,11 @@ class BatchRunner:
             poll_s: Seconds between two looks.
         """
         self._services = services
+        self._bell = services.batch_bell
         self._name = uuid.uuid4().hex
         self._poll_s = poll_s
         self._running: asyncio.Task[None] | None = None
-        self._moving: set[asyncio.Task[None]] = set()
+        self._moving: set[asyncio.Task[float | None]] = set()
 
     def start(self) -> None:
         """Begin to look; on the loop."""
@@ -50,7 +52,7 @@ class BatchRunner:
 
     async def close(self) -> None:
         """Break off, and give the batches back for others to go on with."""
-        tasks = set(self._moving)
+        tasks: set[asyncio.Task[Any]] = set(self._moving)
         if self._running is not None:
             tasks.add(self._running)
         for task in tasks:
@@ -60,9 +62,12 @@ class BatchRunner:
 
     async def _run(self) -> None:
         while True:
+            self._bell.clear()
             with contextlib.suppress(PromptFleetError):  # the next look may find the database back
                 await self._claim()
-            await asyncio.sleep(self._poll_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_s):
+                    await self._bell.wait()
 
     async def _claim(self) -> None:
         room = AT_ONCE - len(self._moving)
@@ -75,9 +80,18 @@ class BatchRunner:
         for held in claimed:
             task = asyncio.create_task(self._move(held))
             self._moving.add(task)
-            task.add_done_callback(self._moving.discard)
+            task.add_done_callback(self._moved)
 
-    async def _move(self, held: Held) -> None:
+    def _moved(self, task: asyncio.Task[float | None]) -> None:
+        self._moving.discard(task)
+        pause_s = None if task.cancelled() else task.result()
+        if pause_s is not None and pause_s < self._poll_s:
+            asyncio.get_running_loop().call_later(pause_s, self._bell.set)
+        elif len(self._moving) == AT_ONCE - 1:
+            self._bell.set()  # others may have waited for this place
+
+    async def _move(self, held: Held) -> float | None:
+        """See `BatchWork.run`."""
         pause_s: float | None = BROKEN_PAUSE_S
         try:
             pause_s = await BatchWork(self._services, held).run()
@@ -93,6 +107,7 @@ class BatchRunner:
         finally:
             if pause_s is not None:
                 await self._pause(held, pause_s)
+        return pause_s
 
     async def _pause(self, held: Held, pause_s: float) -> None:
         with contextlib.suppress(PromptFleetError):  # then its lease lapses

@@ -16,7 +16,8 @@ import asyncio
 import functools
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -32,6 +33,7 @@ from promptfleet.api.openai.batch_input import (
     read_line,
 )
 from promptfleet.api.openai.batch_requests import (
+    RESPONSES,
     LineEnd,
     cut_error,
     line_job,
@@ -59,12 +61,13 @@ from promptfleet_shared.store.batches import (
 )
 from promptfleet_shared.store.database import Statement
 from promptfleet_shared.store.files import read_file
+from promptfleet_shared.store.requests import read_requests
 from promptfleet_shared.store.results import request_cancel
 
 T = TypeVar("T")
 
 LOOK_EVERY_S = 1.0
-"""Seconds between two counts of a batch in progress, at least."""
+"""Seconds between two counts of a batch in progress, at least; in its first seconds fewer."""
 MAX_ERRORS = 100
 """Wrong lines after which nobody reads on."""
 CHUNK_LINES = 500
@@ -73,6 +76,7 @@ CHUNK_BYTES = 2 * 1024 * 1024
 CUT_LINES = 2_000
 _COSTS_AT_MOST = 20
 """A count is made only once in so many times its own duration."""
+_SOONEST_S, _SOONER = 0.1, 0.2
 _RENEW_AFTER = 1 / 3
 _PAGE_BYTES = 1024 * 1024
 _FIRST_PAGE, _LARGEST_PAGE = 32, 1_000
@@ -182,7 +186,10 @@ class BatchWork:
             return None
         counted, ended = found
         if not ended:
-            return max(LOOK_EVERY_S, took_s * _COSTS_AT_MOST)
+            age_s = counted.completion_window_s - counted.remaining_s
+            # Small batches end soon after they began.
+            pause_s = min(LOOK_EVERY_S, max(_SOONEST_S, age_s * _SOONER))
+            return max(pause_s, took_s * _COSTS_AT_MOST)
         if counted.status == "cancelling":
             await self._write_files(counted)
         return None
@@ -251,8 +258,9 @@ class BatchWork:
         files = _Files(batch, self._stores, self._tenant)
         try:
             async for lines in self._ended_lines():
+                requests = await self._requests(batch, lines)
                 for line in lines:
-                    await files.add(line)
+                    await files.add(line, requests.get(line.job_id) if line.job_id else None)
                     await self._give_way()
                 if not await self._still("finalizing", "cancelling"):
                     break
@@ -278,6 +286,15 @@ class BatchWork:
             start = lines[-1].n + 1
             size = sum(_size(line) for line in lines)
             limit = max(1, min(_LARGEST_PAGE, limit * 2, limit * _PAGE_BYTES // max(1, size)))
+
+    async def _requests(
+        self, batch: Batch, lines: list[EndedLine]
+    ) -> Mapping[uuid.UUID, Mapping[str, Any]]:
+        """What the lines' jobs ask for, where their answers tell of it."""
+        if batch.endpoint != RESPONSES:
+            return {}
+        ids = [line.job_id for line in lines if line.job_id is not None]
+        return await self._run(functools.partial(read_requests, ids=ids, tenant=self._tenant))
 
     # -- in common ---------------------------------------------------------------------------
 
@@ -349,9 +366,9 @@ class _Files:
         self._expired = False
         self._usage = Usage()
 
-    async def add(self, line: EndedLine) -> None:
+    async def add(self, line: EndedLine, request: Mapping[str, Any] | None) -> None:
         """Write what became of a line."""
-        written = output_line(self._batch, line)
+        written = output_line(self._batch, line, request)
         self._ends[written.end] += 1
         if line.result is not None:
             self._usage += line.result.usage

@@ -14,8 +14,10 @@ from promptfleet.api.auth import Caller, authenticate, require
 from promptfleet.api.services import Services
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     """The services of the app that this request came to.
+
+    Asynchronous, though it waits for nothing: FastAPI would send it to a thread for each request.
 
     Raises:
         RuntimeError: The app was mounted and its lifespan not run: see `promptfleet.api.lifespan`.

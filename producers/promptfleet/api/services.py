@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 from promptfleet.api.auth import Authenticator
@@ -31,6 +32,7 @@ class Services:
         limits: What protects memory and database.
         metrics: What is counted.
         defaults: What holds for a job that says nothing; the tenant is replaced by the caller's.
+        batch_bell: Set where a batch may be due; `BatchRunner` looks then.
     """
 
     settings: Settings
@@ -43,6 +45,7 @@ class Services:
     limits: Limits
     metrics: ApiMetrics
     defaults: Defaults
+    batch_bell: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     def defaults_of(self, tenant: str) -> Defaults:
         """What holds for this tenant's jobs."""

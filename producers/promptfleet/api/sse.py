@@ -6,6 +6,7 @@ The format: https://html.spec.whatwg.org/multipage/server-sent-events.html
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -61,6 +62,8 @@ class EventStreamResponse(Response):
         self._keep_alive_s = keep_alive_s
         self._room = room or nullcontext()
         self._on_left = on_left
+        self._sent = 0
+        self._is_gone = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's
         """Answer."""
@@ -68,51 +71,44 @@ class EventStreamResponse(Response):
             start = {"type": "http.response.start", "status": self.status_code}
             await send({**start, "headers": self.raw_headers})
             sending = asyncio.create_task(self._send_all(send))
-            leaving = asyncio.create_task(_left(receive))
+            others = {asyncio.create_task(_left(receive)), asyncio.create_task(self._keep(send))}
             try:
-                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({sending, *others}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                sending.cancel()
-                leaving.cancel()
-                await asyncio.wait({sending, leaving})
-        if sending.cancelled() or isinstance(sending.exception(), OSError | TimeoutError):
-            if self._on_left is not None:
-                self._on_left()
-        else:
+                for task in (sending, *others):
+                    task.cancel()
+                await asyncio.wait({sending, *others})
+        if not (sending.cancelled() or self._is_gone):
             sending.result()
+        elif self._on_left is not None:
+            self._on_left()
 
     async def _send_all(self, send: Send) -> None:
-        frames = aiter(self._frames)
-        coming: asyncio.Task[bytes] | None = None
         try:
-            while True:
-                coming = coming or asyncio.ensure_future(_next(frames))
-                done, _ = await asyncio.wait({coming}, timeout=self._keep_alive_s)
-                if not done:
-                    await _send(send, KEEP_ALIVE)
-                    continue
-                frame = coming.result()
-                coming = None
-                if not frame:
-                    break
-                await _send(send, frame)
-            await _send(send, b"", more=False)
+            async for frame in self._frames:
+                await self._send(send, frame)
+            await self._send(send, b"", more=False)
         finally:
-            if coming is not None:
-                coming.cancel()
-                await asyncio.wait({coming})
-            if (close := getattr(frames, "aclose", None)) is not None:
+            if (close := getattr(self._frames, "aclose", None)) is not None:
                 await close()
 
+    async def _keep(self, send: Send) -> None:
+        """Send comments while nothing else is sent; ends if the client does not read them."""
+        with contextlib.suppress(OSError, TimeoutError):
+            while True:
+                sent = self._sent
+                await asyncio.sleep(self._keep_alive_s)
+                if self._sent == sent:
+                    await self._send(send, KEEP_ALIVE)
 
-async def _next(frames: AsyncIterator[bytes]) -> bytes:
-    """The next frame; empty after the last one."""
-    return await anext(frames, b"")
-
-
-async def _send(send: Send, body: bytes, *, more: bool = True) -> None:
-    async with asyncio.timeout(STALL_S):
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        self._sent += 1  # at once: what waits to be sent needs no comment beside it
+        try:
+            async with asyncio.timeout(STALL_S):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except (OSError, TimeoutError):
+            self._is_gone = True
+            raise
 
 
 async def _left(receive: Receive) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -86,7 +86,7 @@ async def stream(
 
 async def _frames(
     services: Services, tenant: str, job_id: uuid.UUID, after: str | None
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     yield _RECONNECT
     try:
         async with aclosing(services.streams.follow(tenant, job_id, after=after)) as events:

@@ -14,13 +14,16 @@ from promptfleet.api.openai.answers import openai_answer
 from promptfleet.api.openai.batch_input import SpecOf
 from promptfleet.api.openai.failures import failure
 from promptfleet.api.openai.options import fleet_options
+from promptfleet.api.openai.responses_input import chat_body
+from promptfleet.api.openai.responses_output import Draft, response_json
 from promptfleet.api.openai.translating import KINDS, PROMPT_FIELDS, count_prompts, make_job
 from promptfleet.api.services import Services
 from promptfleet.options import MAX_DEADLINE_S
 from promptfleet_shared.jobs import JobKind, JobSpec, JobState, Result
 from promptfleet_shared.store.batches import Batch, EndedLine
 
-ENDPOINTS: Final = tuple(KINDS)
+RESPONSES: Final = "/v1/responses"
+ENDPOINTS: Final = (*KINDS, RESPONSES)
 BATCH_PRIORITY: Final = 2
 """Of a line that names none: interactive jobs go first."""
 CUSTOM_ID: Final = "custom_id"
@@ -62,7 +65,9 @@ def spec_maker(services: Services, tenant: str) -> SpecOf:
         options = fleet_options(body)
         options.pop("idempotency_key", None)  # a line is one job of its batch, whatever it says
         options.setdefault("priority", BATCH_PRIORITY)
-        kind = KINDS[endpoint]
+        if endpoint == RESPONSES:
+            body = chat_body(body)
+        kind = KINDS.get(endpoint, JobKind.CHAT)
         spec = make_job(kind, body, fleet=services.fleet, defaults=defaults, options=options)
         field = PROMPT_FIELDS[kind]
         if kind is not JobKind.CHAT:
@@ -89,20 +94,41 @@ def cut_error(batch: Batch) -> dict[str, str]:
     return {"code": code, "message": _CUT[code]}
 
 
-def output_line(batch: Batch, line: EndedLine) -> OutputLine:
-    """What the files of the batch tell of a line."""
+def output_line(
+    batch: Batch, line: EndedLine, request: Mapping[str, Any] | None = None
+) -> OutputLine:
+    """What the files of the batch tell of a line.
+
+    Args:
+        batch: Whose line it is.
+        line: With its result.
+        request: That of its job; only answers of `RESPONSES` tell of it.
+    """
     result = line.result
     if line.error is not None or result is None:
         error = line.error or _GONE
         return _line(batch, line, _end_of(error), error=error)
     if result.state is JobState.SUCCEEDED:
-        answer = openai_answer(result, KINDS[batch.endpoint], batch.model or "")
+        answer = _answer(batch, result, request or {})
         return _line(batch, line, LineEnd.COMPLETED, response=_response(result, 200, answer))
     if _was_cut(batch, result):
         return _line(batch, line, LineEnd.CUT, error=cut_error(batch))
     refused = failure(result)
     response = _response(result, refused.status, {"error": refused.body})
     return _line(batch, line, LineEnd.FAILED, response=response)
+
+
+def _answer(batch: Batch, result: Result, request: Mapping[str, Any]) -> dict[str, Any]:
+    if batch.endpoint != RESPONSES:
+        return openai_answer(result, KINDS[batch.endpoint], batch.model or "")
+    draft = Draft(
+        id=result.job_id,
+        model=batch.model or "",
+        request=request,
+        created_at=round(result.created_at.timestamp(), 3),
+        metadata={name: value for name, value in result.metadata.items() if name != CUSTOM_ID},
+    )
+    return response_json(draft, status="completed", result=result)
 
 
 def _was_cut(batch: Batch, result: Result) -> bool:

@@ -208,6 +208,7 @@ async def create(request: Request, services: ServicesDep, caller: Submitter) -> 
     await _check_file(services, tenant, new.input_file_id)
     await _check_room(services, tenant)
     batch, is_new = await services.stores.run_whole(tenant, lambda c: create_batch(c, new))
+    services.batch_bell.set()
     headers = {} if is_new else {"idempotent-replayed": "true"}
     return JsonResponse(batch_json(batch), headers=headers)
 
@@ -247,6 +248,7 @@ async def cancel(batch_id: str, services: ServicesDep, caller: Submitter) -> Res
     if found is None:
         raise not_found("batch")
     batch, done = found
+    services.batch_bell.set()
     if not done and batch.status != "cancelling":
         msg = f"Cannot cancel a batch with status '{batch.status}'."
         raise ApiError(_CONFLICT, msg, code="batch_not_cancellable")

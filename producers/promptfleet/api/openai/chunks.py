@@ -27,7 +27,7 @@ from promptfleet.api.openai.options import cancels_on_disconnect
 from promptfleet.api.sse import EventStreamResponse, sse_event
 from promptfleet.options import refuse
 from promptfleet_shared.errors import PromptFleetError
-from promptfleet_shared.jobs import JobKind, Result
+from promptfleet_shared.jobs import JobKind, JobSpec, Result
 
 DONE = b"data: [DONE]\n\n"
 Frames = Callable[[Asked, Accepted, Begun], AsyncIterator[bytes]]
@@ -43,16 +43,15 @@ async def stream_answer(asked: Asked) -> Response:
     options = asked.body.get("stream_options")
     if options is not None and not isinstance(options, Mapping):
         refuse("stream_options", "an object", options)
-    return await stream_frames(asked, _frames)
+    return await stream_frames(asked, job_of(asked, stream=True), _frames)
 
 
-async def stream_frames(asked: Asked, frames: Frames) -> Response:
-    """Accept the request's job and stream what `frames` makes of its news.
+async def stream_frames(asked: Asked, spec: JobSpec, frames: Frames) -> Response:
+    """Accept a job and stream what `frames` makes of its news.
 
     Raises:
         As `stream_answer`.
     """
-    spec = job_of(asked, stream=True)
     with contextlib.ExitStack() as room:
         room.enter_context(asked.services.limits.waiting.taken(asked.tenant))
         accepted = await accept(asked, spec)

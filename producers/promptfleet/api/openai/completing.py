@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +18,7 @@ from promptfleet_shared.jobs import JobKind
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {
+REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A field is wrong, or the provider says so."},
     404: {"model": ErrorBody, "description": "There is no such model."},
     413: {"model": ErrorBody, "description": "Beyond a limit, which the message names."},
@@ -28,7 +29,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _takes(description: str, **properties: Any) -> dict[str, Any]:
+def takes(description: str, **properties: Any) -> dict[str, Any]:
     """OpenAPI's words for a body that is passed on."""
     schema = {
         "type": "object",
@@ -47,8 +48,8 @@ _STREAM: dict[str, Any] = {"type": "boolean", "nullable": True}
 @router.post(
     "/chat/completions",
     summary="Answer a chat",
-    responses=_REFUSALS,
-    openapi_extra=_takes(
+    responses=REFUSALS,
+    openapi_extra=takes(
         "OpenAI's parameters; what the fleet does not know goes to the provider as it is.",
         messages={"type": "array", "minItems": 1, "items": {"type": "object"}},
         stream=_STREAM,
@@ -57,7 +58,7 @@ _STREAM: dict[str, Any] = {"type": "boolean", "nullable": True}
 async def chat(request: Request, services: ServicesDep, caller: Submitter) -> Response:
     """OpenAI's chat completions, whole or as server-sent events."""
     asked = await read_request(request, services, caller, JobKind.CHAT)
-    if _wants_stream(asked.body):
+    if wants(asked.body, "stream"):
         return await stream_answer(asked)
     _, answered, headers = await answer(asked)
     return json_answer(answered, headers)
@@ -66,8 +67,8 @@ async def chat(request: Request, services: ServicesDep, caller: Submitter) -> Re
 @router.post(
     "/completions",
     summary="Go on with a text",
-    responses=_REFUSALS,
-    openapi_extra=_takes(
+    responses=REFUSALS,
+    openapi_extra=takes(
         "OpenAI's parameters; what the fleet does not know goes to the provider as it is.",
         prompt=_PROMPT,
         stream=_STREAM,
@@ -76,7 +77,7 @@ async def chat(request: Request, services: ServicesDep, caller: Submitter) -> Re
 async def complete(request: Request, services: ServicesDep, caller: Submitter) -> Response:
     """OpenAI's completions: a text, several, or their tokens; whole, or one text as events."""
     asked = await read_request(request, services, caller, JobKind.COMPLETION)
-    if _wants_stream(asked.body):
+    if wants(asked.body, "stream"):
         return await stream_answer(asked)
     _, answered, headers = await answer(asked)
     return json_answer(answered, headers)
@@ -85,8 +86,8 @@ async def complete(request: Request, services: ServicesDep, caller: Submitter) -
 @router.post(
     "/embeddings",
     summary="Turn texts into vectors",
-    responses=_REFUSALS,
-    openapi_extra=_takes("OpenAI's parameters.", input=_PROMPT),
+    responses=REFUSALS,
+    openapi_extra=takes("OpenAI's parameters.", input=_PROMPT),
 )
 async def embed(request: Request, services: ServicesDep, caller: Submitter) -> Response:
     """OpenAI's embeddings: of a text, of several, or of their tokens."""
@@ -97,8 +98,13 @@ async def embed(request: Request, services: ServicesDep, caller: Submitter) -> R
     return json_answer(answered, headers)
 
 
-def _wants_stream(body: Any) -> bool:
-    wanted = body.get("stream")
+def wants(body: Mapping[str, Any], name: str) -> bool:
+    """Whether the body asks for this.
+
+    Raises:
+        InvalidRequestError: It says neither true nor false.
+    """
+    wanted = body.get(name)
     if wanted is not None and not isinstance(wanted, bool):
-        refuse("stream", "true or false", wanted)
+        refuse(name, "true or false", wanted)
     return bool(wanted)

@@ -7,8 +7,8 @@ import uuid
 
 from promptfleet.api.errors import not_found
 
-FILE, BATCH = "file-", "batch_"
-_NAMES = {FILE: "file", BATCH: "batch"}
+FILE, BATCH, RESPONSE = "file-", "batch_", "resp_"
+_NAMES = {FILE: "file", BATCH: "batch", RESPONSE: "response"}
 _HEX = re.compile(r"[0-9a-f]{32}")
 
 
