@@ -182,7 +182,7 @@ class ResultHub:
         self._fresh.update(keys)
         for key in keys:
             for desk in self._by_id.get(key, ()):
-                pass
+                desk.announce(uuid.UUID(bytes=key))
 
     def _notices_changed(self) -> None:
         """Notices come again, or none come any more: look at everything."""
