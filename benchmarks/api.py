@@ -225,7 +225,7 @@ def fleet(directory: Path, latency_ms: float) -> Iterator[Fleet]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 if a lone chat's overhead is above the goal."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--concurrent", type=int, default=32)
     parser.add_argument("--latency-ms", type=float, default=50)

@@ -282,7 +282,8 @@ class Ringer:
                 )
                 batch, self._waiting, self._busy = self._waiting, [], True
                 self._rung_at = time.monotonic()
-                busy = len(batch) > BUSY_IDS * (BUSY_WINDOWS if busy else 1)
+                full = BUSY_IDS * (BUSY_WINDOWS if busy else 1)
+                busy = len(batch) >= min(full, MAX_IDS)
             try:
                 publish(self._app, batch)
             except Exception as error:  # noqa: BLE001  # the thread must outlive any doorbell

