@@ -97,8 +97,8 @@ class Settings(BaseSettings):
             taken; 0 for any number.
         api_file_days: Days that files of batches are kept where the client does not say; 0 keeps
             them until somebody deletes them.
-        api_wait_s: Seconds that a request to one of OpenAI's endpoints waits for its answer at most;
-            then it is told its job's id.
+        api_wait_s: Seconds that a request to one of OpenAI's endpoints waits for its answer, at
+            most; then it is told its job's id.
         api_drain_s: Seconds that an API process's requests have to end after SIGTERM.
         api_keep_alive_s: Seconds without an event after which a stream sends a comment.
         api_keyless: Lets the API serve this very machine without a key, as `tenant`.
