@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from promptfleet.backends import AsyncBackend, Backend, Lookup
+from promptfleet.backends import AsyncBackend, Backend, Lookup, TokenSource
 from promptfleet.memory import AsyncMemoryBackend, MemoryBackend
 from promptfleet.postgres import AsyncPostgresBackend, PostgresBackend
 from promptfleet.requests import Defaults, make_spec
@@ -66,6 +67,9 @@ class Blocking:
     def cancel(self, ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
         return self._runner.run(self._backend.cancel(ids))
 
+    def token_source(self, job_id: uuid.UUID) -> AbstractContextManager[TokenSource]:
+        raise NotImplementedError  # tokens have tests of their own
+
     def close(self) -> None:
         self._runner.run(self._backend.close())
 
@@ -99,8 +103,7 @@ def end_in(engine: sa.Engine) -> Callable[[Outcome], object]:
     def end(outcome: Outcome) -> object:
         with engine.begin() as connection:
             (job,) = claim(connection, [outcome.job_id], worker="test", lease_s=45)
-            values = {name: getattr(outcome, name) for name in outcome.__dataclass_fields__}
-            return finish(connection, [Outcome(**{**values, "fence": job.fence})])
+            return finish(connection, [outcome._replace(fence=job.fence)])
 
     return end
 

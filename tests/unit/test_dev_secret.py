@@ -32,6 +32,7 @@ def test_processes_find_it_and_may_post_to_this_machine(monkeypatch: pytest.Monk
         config=Path("fleet.toml"),
         provider_url=None,
         flower_url=None,
+        api_url=None,
         callback_secrets="whsec_x",
     )
     found = addresses.environment()

@@ -36,7 +36,7 @@ def test_two_connections_in_a_row_that_were_dead_when_the_pool_gave_them_out() -
     def refuse(*_: object) -> None:
         raise exc.DisconnectionError
 
-    pool = sa.pool.QueuePool(Dead, pool_size=1)
+    pool = sa.pool.QueuePool(Dead, pool_size=1)  # type: ignore[arg-type]
     sa.event.listen(pool, "checkout", refuse)
     with pytest.raises(exc.InvalidRequestError) as caught:
         pool.connect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
 
 import pytest
@@ -75,7 +74,7 @@ def router(fleet: Fleet) -> Router:
 
 
 def route(router: Router, **fields: str | None) -> list[tuple[str, str]]:
-    job = dataclasses.replace(JOB, **fields)  # type: ignore[arg-type]
+    job = JOB._replace(**fields)  # type: ignore[arg-type]
     return [(candidate.deployment.name, candidate.model_there) for candidate in router.route(job)]
 
 
@@ -96,7 +95,7 @@ def test_what_is_not_configured_has_no_route(router: Router, fields: dict[str, s
 
 def test_a_candidate_knows_price_and_timers(router: Router) -> None:
     small, _, large = router.route(JOB)
-    (advanced,) = router.route(dataclasses.replace(JOB, tier="advanced"))
+    (advanced,) = router.route(JOB._replace(tier="advanced"))
 
     assert (small.price_as, large.price_as) == (None, "openai/gpt-4o")
     assert (small.timeouts.timeout_ms, advanced.timeouts.timeout_ms) == (1000, 2000)
@@ -106,7 +105,7 @@ def test_a_candidate_knows_price_and_timers(router: Router) -> None:
 
 def test_equal_jobs_have_the_same_route(router: Router) -> None:
     """Whose identity tells the caller which jobs may share a request."""
-    assert router.route(JOB) is router.route(dataclasses.replace(JOB, id=uuid.uuid4()))
+    assert router.route(JOB) is router.route(JOB._replace(id=uuid.uuid4()))
 
 
 def test_a_fleet_without_models_has_no_routes() -> None:

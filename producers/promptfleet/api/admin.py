@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from promptfleet.api.auth import Caller
+from promptfleet.api.bodies import parse_json
 from promptfleet.api.dependencies import Admin, ServicesDep
-from promptfleet.api.errors import ApiError, JsonResponse, not_found
+from promptfleet.api.errors import ApiError, JsonResponse, invalid, not_found
 from promptfleet.api.services import Services
 from promptfleet_shared.store.keys import (
     MAX_LIFETIME_S,
@@ -28,6 +29,8 @@ from promptfleet_shared.store.keys import (
     revoke_key,
     rotate_key,
 )
+
+M = TypeVar("M", bound=BaseModel)
 
 router = APIRouter(prefix="/v1/admin/keys", tags=["keys"])
 
@@ -104,9 +107,22 @@ TenantQuery = Annotated[
 ]
 
 
-@router.post("", status_code=201, response_model=NewKeyObject)
-async def create(services: ServicesDep, caller: Admin, wanted: KeyRequest) -> JsonResponse:
+def _body(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {
+        "requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}
+    }
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=NewKeyObject,
+    openapi_extra=_body(KeyRequest, required=True),
+)
+async def create(services: ServicesDep, caller: Admin, request: Request) -> JsonResponse:
     """Make a key. Its secret is in this response, and nowhere afterwards."""
+    wanted = _checked(KeyRequest, await services.limits.read_json(request))
     tenant = _tenant(services, caller, wanted.tenant)
     made = await services.stores.run(
         tenant,
@@ -129,17 +145,24 @@ async def list_(services: ServicesDep, caller: Admin, tenant: TenantQuery = None
     return JsonResponse({"object": "list", "data": [_shown(key) for key in keys]})
 
 
-@router.post("/{key_id}/rotate", status_code=201, response_model=NewKeyObject, responses=_MISSING)
+@router.post(
+    "/{key_id}/rotate",
+    status_code=201,
+    response_model=NewKeyObject,
+    responses=_MISSING,
+    openapi_extra=_body(Rotation, required=False),
+)
 async def rotate(
     services: ServicesDep,
     caller: Admin,
     key_id: uuid.UUID,
-    rotation: Rotation | None = None,
+    request: Request,
     tenant: TenantQuery = None,
 ) -> JsonResponse:
     """Make a key like this one, which goes on for a while: time to change it everywhere."""
     whose = _tenant(services, caller, tenant)
-    overlap_s = (rotation or Rotation()).overlap_s
+    body = await services.limits.read_body(request)
+    overlap_s = _checked(Rotation, parse_json(body) if body.strip() else {}).overlap_s
     made = await services.stores.run(
         whose,
         lambda connection: rotate_key(connection, key_id, tenant=whose, overlap_s=overlap_s),
@@ -163,6 +186,20 @@ async def revoke(
         raise not_found("API key")
     services.auth.forget(key_id)
     return JsonResponse(_shown(revoked))
+
+
+def _checked(model: type[M], body: Any) -> M:
+    """The body in its shape; read by the handler, so that nobody without a key can make us read.
+
+    Raises:
+        ApiError: 422; names the first mistake, and never a value.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = ".".join(str(part) for part in first["loc"]) or "body"
+        raise invalid(f"{param}: {first['msg']}", param=param) from None
 
 
 def _tenant(services: Services, caller: Caller, asked: str | None) -> str:

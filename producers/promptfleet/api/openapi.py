@@ -9,9 +9,16 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from promptfleet.api.admin import KeyRequest, Rotation
 from promptfleet.api.shapes import ErrorBody, JobRequest, UploadLine
 
-BODIES: tuple[type[BaseModel], ...] = (JobRequest, UploadLine, ErrorBody)
+BODIES: tuple[type[BaseModel], ...] = (
+    JobRequest,
+    UploadLine,
+    ErrorBody,
+    KeyRequest,
+    Rotation,
+)
 """Shapes that an endpoint's `openapi_extra` names as `#/components/schemas/<name>`."""
 
 _REF = "#/components/schemas/{model}"

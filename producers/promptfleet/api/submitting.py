@@ -39,6 +39,8 @@ def job_of(body: object, defaults: Defaults, limits: Limits, *, key: str | None 
     if len(given) != 1:
         msg = 'must have either "prompt" or "messages"'
         raise InvalidRequestError(msg, field="prompt")
+    if given[0] == "messages" and not isinstance(body["messages"], list):
+        refuse("messages", "a list of messages", body["messages"])
     options = {name: value for name, value in body.items() if name not in _PROMPTS}
     _from_json(options)
     if key is not None and options.get("idempotency_key") is None:
