@@ -1,6 +1,7 @@
 # The same commands for a person and for CI. Each one first sets up what it needs.
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 3
 MINUTES ?= 10
 SEED ?=
 
@@ -23,6 +24,7 @@ help: ## Show the commands
 	@echo
 	@echo "  PYTHON=python3.13 picks the interpreter; ARGS='...' is passed on,"
 	@echo "  e.g. make test ARGS='tests/unit -k retries'."
+	@echo "  JOBS=3 is how many test files run at once."
 	@echo "  MINUTES=10 SEED=7 is how long the nemesis breaks, and which run it repeats."
 
 install: $(INSTALLED) ## Create .venv and install promptfleet for development
@@ -32,7 +34,7 @@ demo: $(INSTALLED) ## Run the whole fleet on this machine with real prompts
 	$(BIN)/promptfleet demo $(ARGS)
 
 test: $(INSTALLED) local-model $(NODE_PACKAGES) ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 nemesis: $(INSTALLED) ## Break a running fleet at random, and count what became of each prompt
 	$(BIN)/python -m tests.faults.nemesis --minutes $(MINUTES) $(addprefix --seed ,$(SEED)) $(ARGS)

@@ -223,6 +223,7 @@ class Ringer:
     def _start_empty(self) -> None:
         self._waiting: list[Doorbell] = []
         self._changed = threading.Condition()
+        self._publishing = threading.Lock()
         self._thread: threading.Thread | None = None
         self._busy: bool = False
         self._hurry: bool = False
@@ -261,6 +262,17 @@ class Ringer:
             self._changed.notify_all()
         atexit.unregister(self.close)
 
+    def pause(self) -> bool:
+        """Let no message be under way while this process forks; false if one takes too long.
+
+        A child that is forked in the middle of one would inherit locks that nobody releases.
+        """
+        return self._publishing.acquire(timeout=PUBLISH_TIMEOUT_S)
+
+    def resume(self) -> None:
+        """Go on in the process that has forked."""
+        self._publishing.release()
+
     def start_afresh(self) -> None:
         """Begin again in a forked child: the parent's thread sends what was queued there."""
         self._start_empty()
@@ -285,7 +297,8 @@ class Ringer:
                 full = BUSY_IDS * (BUSY_WINDOWS if busy else 1)
                 busy = len(batch) >= min(full, MAX_IDS)
             try:
-                publish(self._app, batch)
+                with self._publishing:
+                    publish(self._app, batch)
             except Exception as error:  # noqa: BLE001  # the thread must outlive any doorbell
                 facts = {"jobs": len(batch), "error": type(error).__name__}
                 log.warning("doorbell_dropped", extra=facts)
@@ -296,9 +309,20 @@ class Ringer:
 
 
 _ringers: weakref.WeakSet[Ringer] = weakref.WeakSet()
+_paused: list[Ringer] = []
+
+
+def _before_fork() -> None:
+    _paused.extend(ringer for ringer in list(_ringers) if ringer.pause())
+
+
+def _after_fork_in_parent() -> None:
+    while _paused:
+        _paused.pop().resume()
 
 
 def _after_fork() -> None:
+    _paused.clear()  # a child's ringers have locks of their own
     # kombu keeps its pools by URL for the whole process: a new app alone would find the parent's.
     pools.producers.clear()
     pools.connections.clear()
@@ -307,7 +331,11 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork,
+    )
 
 
 def _reconnected(app: Celery) -> Celery:

@@ -205,6 +205,12 @@ class Rig:
         return str(job_row(self.rows, job_id)["state"])
 
 
+def close_window(rig: Rig) -> None:
+    """As if its time were over."""
+    batcher = rig.pipeline._batcher
+    batcher._start("basic", batcher._windows["basic"].clear())
+
+
 @pytest.fixture
 async def make_rig(database_url: str, database: sa.Engine) -> AsyncIterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
@@ -309,7 +315,7 @@ class TestDrain:
         rig.slots = rig.endings._slots = Slots(100)
         for job in (claimed, waiting):
             waits.append(rig.take(job.id))
-            rig.pipeline._batcher._close("basic", rig.pipeline._batcher._windows["basic"])
+            close_window(rig)
             async with asyncio.timeout(DEADLINE_S):
                 while not rig.pipeline._batcher._running:
                     await asyncio.sleep(0.001)

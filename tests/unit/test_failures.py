@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import psycopg
 import pytest
-import sqlalchemy as sa
-from sqlalchemy import exc
+from sqlalchemy import event, exc
+from sqlalchemy.pool import QueuePool
 
 from promptfleet_shared.store.failures import is_collision, may_be_done, will_pass
 
@@ -36,8 +36,8 @@ def test_two_connections_in_a_row_that_were_dead_when_the_pool_gave_them_out() -
     def refuse(*_: object) -> None:
         raise exc.DisconnectionError
 
-    pool = sa.pool.QueuePool(Dead, pool_size=1)  # type: ignore[arg-type]
-    sa.event.listen(pool, "checkout", refuse)
+    pool = QueuePool(Dead, pool_size=1)  # type: ignore[arg-type]
+    event.listen(pool, "checkout", refuse)
     with pytest.raises(exc.InvalidRequestError) as caught:
         pool.connect()
 

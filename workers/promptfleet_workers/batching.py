@@ -197,7 +197,7 @@ class Batcher:
         for batch in window.add(tickets, loop.time()):
             self._start(tier, batch)
         if window.closes_at is not None and window.closes_at != was_open:
-            loop.call_at(window.closes_at, self._close, tier, window)
+            loop.call_at(window.closes_at, self._close, tier, window, window.closes_at)
 
     def clear(self) -> list[tuple[str, list[Ticket]]]:
         """Take back all that is gathered and not yet flushed, for a worker that drains."""
@@ -208,11 +208,16 @@ class Batcher:
         while self._running:
             await asyncio.wait(self._running)
 
-    def _close(self, tier: str, window: BatchWindow) -> None:
+    def _close(self, tier: str, window: BatchWindow, due_at: float) -> None:
+        if window.closes_at != due_at:
+            return  # it was full before, and is another window by now
         # The loop's clock may stand a hair before the time it was asked to call at.
-        batch = window.close(asyncio.get_running_loop().time() + 0.0005)
+        loop = asyncio.get_running_loop()
+        batch = window.close(loop.time() + 0.0005)
         if batch:
             self._start(tier, batch)
+        else:  # by more than a hair, on a busy machine
+            loop.call_at(due_at + 0.001, self._close, tier, window, due_at)
 
     def _start(self, tier: str, batch: list[Ticket]) -> None:
         task = asyncio.create_task(self._run(tier, batch))
