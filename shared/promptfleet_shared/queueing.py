@@ -68,7 +68,8 @@ def make_celery(broker_url: str, tiers: Iterable[str]) -> Celery:
             "ack_emulation": False,
             "priority_steps": list(PRIORITY_STEPS),
             "queue_order_strategy": "priority",
-            "socket_timeout": 15,
+            # A worker waits for each of its dead connections in turn when it stops.
+            "socket_timeout": 5,
             "socket_connect_timeout": PUBLISH_TIMEOUT_S,
             "socket_keepalive": True,
             "health_check_interval": 10,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from promptfleet_shared.errors import ConfigurationError, StoreUnavailableError
 from promptfleet_shared.store.connections import bound_waits, replace_stale
@@ -36,8 +38,7 @@ def normalise_url(url: str) -> sa.URL:
 def _options(application_name: str, pool_size: int, connect_timeout_s: int) -> dict[str, Any]:
     return {
         "pool_size": pool_size,
-        # Beyond the pool, SQLAlchemy would connect anew for every statement and hang up after it:
-        # a hundred times the cost of waiting for a connection to come free.
+        # Beyond the pool, SQLAlchemy would connect anew for a statement and hang up after it.
         "max_overflow": 0,
         "pool_timeout": POOL_TIMEOUT_S,
         "pool_pre_ping": False,  # costs a round trip a checkout; see `replace_stale`
@@ -54,6 +55,28 @@ def _options(application_name: str, pool_size: int, connect_timeout_s: int) -> d
             "tcp_user_timeout": TCP_USER_TIMEOUT_MS,
         },
     }
+
+
+class FairPool(sa.QueuePool):
+    """A pool in which no thread starves.
+
+    SQLAlchemy's own wakes who waits for a connection, and whoever comes by at that moment may take
+    it first: among 16 busy threads one now and then waited until its time-out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As `QueuePool`."""
+        super().__init__(*args, **kwargs)
+        self._turn = threading.Lock()
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        if not self._turn.acquire(timeout=self.timeout()):
+            msg = "no connection came free in time"
+            raise exc.TimeoutError(msg)
+        try:
+            return super()._do_get()
+        finally:
+            self._turn.release()
 
 
 def make_engine(
@@ -75,6 +98,7 @@ def make_engine(
             waits as long as it takes, which suits migrations.
     """
     options = _options(application_name, pool_size, connect_timeout_s)
+    options["poolclass"] = FairPool
     engine = sa.create_engine(normalise_url(url), **options)
     _prepare(engine, patience_s)
     return engine
