@@ -9,6 +9,7 @@ import pytest
 import redis
 import sqlalchemy as sa
 from pydantic import SecretStr
+from tests.databases import one_database
 
 from promptfleet.dev_stack import EmbeddedPostgres, EmbeddedValkey
 from promptfleet_shared.settings import Settings
@@ -50,6 +51,15 @@ def template(postgres: EmbeddedPostgres, admin: sa.Engine) -> str:
     migrate(engine)
     engine.dispose()
     return TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def engine(postgres: EmbeddedPostgres, admin: sa.Engine, template: str) -> Iterator[sa.Engine]:
+    """An engine on one database for the module; its tests are apart by their tenants."""
+    with one_database(postgres, admin, template) as url:
+        made = make_engine(url, application_name="tests")
+        yield made
+        made.dispose()
 
 
 @pytest.fixture

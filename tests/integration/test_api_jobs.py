@@ -21,8 +21,7 @@ from tests.processes import worker_environment
 from tests.rows import claim_one, job_row, outcome
 from tests.waiting import eventually
 
-from promptfleet.dev_stack import EmbeddedPostgres, EmbeddedValkey
-from promptfleet_shared.store.engines import make_engine
+from promptfleet.dev_stack import EmbeddedValkey
 from promptfleet_shared.store.finishing import finish
 from promptfleet_shared.store.tables import jobs
 
@@ -38,20 +37,6 @@ base_url = "http://127.0.0.1:9/v1"
 """
 ERROR_KEYS = {"message", "type", "param", "code"}
 MIB = 1024 * 1024
-
-
-@pytest.fixture(scope="module")
-def engine(postgres: EmbeddedPostgres, admin: sa.Engine, template: str) -> Iterator[sa.Engine]:
-    """One database for the module; its tests are apart by their tenants."""
-    name = "api_jobs"
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    url = sa.make_url(postgres.url).set(database=name)
-    made = make_engine(url.render_as_string(hide_password=False), application_name="tests")
-    yield made
-    made.dispose()
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ from tests.api_server import ApiServer, api_server, new_tenant
 from tests.processes import provider, start_worker, worker_environment
 
 from promptfleet.api import create_app
-from promptfleet.dev_stack import EmbeddedPostgres, EmbeddedValkey
+from promptfleet.dev_stack import EmbeddedValkey
 from promptfleet_shared.settings import Settings
-from promptfleet_shared.store.engines import make_engine
 
 FLEET = """
 default_tier = "basic"
@@ -56,19 +55,6 @@ def lines(context: Any, value: Any) -> bytes:
     """One of the values, or several."""
     items = value if isinstance(value, list) else [value]
     return "".join(f"{json.dumps(item)}\n" for item in items).encode()
-
-
-@pytest.fixture(scope="module")
-def engine(postgres: EmbeddedPostgres, admin: sa.Engine, template: str) -> Iterator[sa.Engine]:
-    name = "api_schema"
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    url = sa.make_url(postgres.url).set(database=name)
-    made = make_engine(url.render_as_string(hide_password=False), application_name="tests")
-    yield made
-    made.dispose()
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,8 @@ from tests.processes import Provider, provider, start_worker, worker_environment
 from tests.waiting import eventually
 
 from promptfleet.api import create_app, lifespan
-from promptfleet.dev_stack import EmbeddedPostgres, EmbeddedValkey
+from promptfleet.dev_stack import EmbeddedValkey
 from promptfleet_shared.settings import Settings
-from promptfleet_shared.store.engines import make_engine
 
 FLEET = """
 default_tier = "basic"
@@ -103,19 +102,6 @@ ALL = operations()
 CLOSED = [operation for operation in ALL if operation.path not in OPEN]
 WITH_IDS = [operation for operation in ALL if set(operation.ids) - OF_EVERYBODY]
 LISTS = [o for o in CLOSED if o.method == "GET" and not o.ids and "models" not in o.path]
-
-
-@pytest.fixture(scope="module")
-def engine(postgres: EmbeddedPostgres, admin: sa.Engine, template: str) -> Iterator[sa.Engine]:
-    name = "api_security"
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    url = sa.make_url(postgres.url).set(database=name)
-    made = make_engine(url.render_as_string(hide_password=False), application_name="tests")
-    yield made
-    made.dispose()
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,7 @@ from tests.processes import Process, Provider, provider, start_worker, worker_en
 from tests.rows import job_row
 from tests.waiting import eventually
 
-from promptfleet.dev_stack import EmbeddedPostgres, EmbeddedValkey
-from promptfleet_shared.store.engines import make_engine
+from promptfleet.dev_stack import EmbeddedValkey
 from promptfleet_shared.store.tables import jobs
 
 FLEET = """
@@ -59,20 +58,6 @@ TOOLS: Any = [
         "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
     }
 ]
-
-
-@pytest.fixture(scope="module")
-def engine(postgres: EmbeddedPostgres, admin: sa.Engine, template: str) -> Iterator[sa.Engine]:
-    """One database for the module; its tests are apart by their tenants."""
-    name = "openai_sdk"
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    url = sa.make_url(postgres.url).set(database=name)
-    made = make_engine(url.render_as_string(hide_password=False), application_name="tests")
-    yield made
-    made.dispose()
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="module")

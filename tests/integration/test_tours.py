@@ -19,9 +19,8 @@ from tests.docs.pages import ROOT, blocks
 from tests.processes import Process, provider, start_worker, worker_environment
 from tests.waiting import eventually
 
-from promptfleet.dev_stack import EmbeddedPostgres, EmbeddedValkey, free_port
+from promptfleet.dev_stack import EmbeddedValkey, free_port
 from promptfleet_shared.signing import new_secret
-from promptfleet_shared.store.engines import make_engine
 
 FLEET = """
 default_tier = "basic"
@@ -38,19 +37,6 @@ NODE_PROGRAMS = ROOT / "examples/node"
 SECRET = new_secret()
 LINES = 80
 RUN_S = 120
-
-
-@pytest.fixture(scope="module")
-def engine(postgres: EmbeddedPostgres, admin: sa.Engine, template: str) -> Iterator[sa.Engine]:
-    name = "tours"
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE {template}"))
-    url = sa.make_url(postgres.url).set(database=name)
-    made = make_engine(url.render_as_string(hide_password=False), application_name="tests")
-    yield made
-    made.dispose()
-    with admin.connect() as connection:
-        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="module")
