@@ -339,6 +339,9 @@ def _stream(value: object, field: str) -> bool:
     return value
 
 
+POLICY_OPTIONS: frozenset[str] = frozenset()
+"""The options that steer how a job is answered: it carries them as its policy, by their names."""
+
 _CHECKS: dict[str, Callable[[object, str], object]] = {
     "tier": _tier,
     "model": _name,

@@ -13,6 +13,7 @@ import orjson
 from uuid_utils.compat import uuid7
 
 from promptfleet.options import (
+    POLICY_OPTIONS,
     PromptOptions,
     callback_url,
     check_option,
@@ -117,6 +118,8 @@ class Template:
     cache: CacheOptions | None = None
     on_unknown: OnUnknown = OnUnknown.RETRY
     stream: bool = False
+    policy: dict[str, Any] | None = None
+    concurrency_key: str | None = None
 
     def spec(self, prompt: object, field: str = "prompt") -> JobSpec:
         """The job that asks this prompt.
@@ -151,6 +154,8 @@ class Template:
             callback_url=self.callback_url,
             on_unknown=self.on_unknown,
             stream=self.stream,
+            policy=self.policy,
+            concurrency_key=self.concurrency_key,
         )
 
     def _request(self, prompt: object, field: str) -> bytes:
@@ -249,6 +254,7 @@ def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
     allowed = _PARAMETERS[kind]
     parameters = {name: checked.pop(name) for name in tuple(checked) if name in allowed}
     _refuse_foreign(checked, kind)
+    policy = {name: checked.pop(name) for name in tuple(checked) if name in POLICY_OPTIONS}
     return Template(
         tenant=defaults.tenant,
         tier=tier,
@@ -257,6 +263,7 @@ def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
             defaults.deadline_s if deadline is None else deadline_seconds(deadline, defaults.now)
         ),
         parameters=parameters,
+        policy=policy or None,
         **checked,
     )
 

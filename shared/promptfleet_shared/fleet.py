@@ -9,23 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from promptfleet_shared.errors import ConfigurationError
+from promptfleet_shared.policies.section import Count, Milliseconds, Section
 from promptfleet_shared.tiers import DEFAULT_TIERS, TIER_NAME
 
-Milliseconds = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Options = TypeVar("Options", bound=Section)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-Options = TypeVar("Options", bound=_Section)
-
-
-class BatchOptions(_Section):
+class BatchOptions(Section):
     """How a tier gathers jobs.
 
     Attributes:
@@ -43,7 +36,7 @@ class BatchOptions(_Section):
     max_concurrent_calls: Count = 256
 
 
-class RetryOptions(_Section):
+class RetryOptions(Section):
     """How often and how soon a failed job is tried again.
 
     Attributes:
@@ -59,7 +52,7 @@ class RetryOptions(_Section):
     max_calls: Count = 8
 
 
-class TimeoutOptions(_Section):
+class TimeoutOptions(Section):
     """The four timers of a call, in milliseconds.
 
     Attributes:
@@ -75,7 +68,7 @@ class TimeoutOptions(_Section):
     timeout_ms: Milliseconds = 600_000.0
 
 
-class CacheSection(_Section):
+class CacheSection(Section):
     """The response cache.
 
     Attributes:
@@ -91,7 +84,7 @@ class CacheSection(_Section):
     max_value_bytes: Count = 1_000_000
 
 
-class BreakerOptions(_Section):
+class BreakerOptions(Section):
     """When a deployment that fails is left alone, and how it comes back; over the whole fleet.
 
     Attributes:
@@ -119,7 +112,7 @@ class BreakerOptions(_Section):
     retries_per_s: Annotated[float, Field(gt=0)] = 1.0
 
 
-class Deployment(_Section):
+class Deployment(Section):
     """One place where a model answers.
 
     Attributes:
@@ -144,7 +137,7 @@ class Deployment(_Section):
     api_key: SecretStr | None = None
     api_key_env: str | None = None
     prompts_per_request: Count = 1
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = Field(default_factory=dict)
     max_concurrent_calls: Count | None = None
     stream: bool = False
     timeouts: TimeoutOptions | None = None
@@ -156,7 +149,7 @@ class Deployment(_Section):
         return os.environ.get(self.api_key_env) if self.api_key_env else None
 
 
-class Model(_Section):
+class Model(Section):
     """A model and where it runs.
 
     Attributes:
@@ -169,7 +162,7 @@ class Model(_Section):
     price_as: str | None = None
 
 
-class TierSection(_Section):
+class TierSection(Section):
     """A tier: its models in order of preference, and options that differ from the fleet's."""
 
     models: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -178,12 +171,12 @@ class TierSection(_Section):
     timeouts: TimeoutOptions | None = None
 
 
-class Fleet(_Section):
+class Fleet(Section):
     """The whole of fleet.toml."""
 
     default_tier: str = "standard"
-    tiers: dict[str, TierSection] = {}
-    models: dict[str, Model] = {}
+    tiers: dict[str, TierSection] = Field(default_factory=dict)
+    models: dict[str, Model] = Field(default_factory=dict)
     batch: BatchOptions = BatchOptions()
     retry: RetryOptions = RetryOptions()
     timeouts: TimeoutOptions = TimeoutOptions()

@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import enum
 import uuid
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -88,6 +89,8 @@ class JobSpec:
         deadline_s: Seconds from the insert until the job expires.
         stream: True if its tokens are to be read as they come.
         batch_id: The API's batch that the job is a line of.
+        policy: Options that steer how the job is answered, by their names; JSON.
+        concurrency_key: What the job shares a bound on running jobs with.
     """
 
     id: uuid.UUID
@@ -106,6 +109,11 @@ class JobSpec:
     on_unknown: OnUnknown = OnUnknown.RETRY
     stream: bool = False
     batch_id: uuid.UUID | None = None
+    policy: dict[str, Any] | None = None
+    concurrency_key: str | None = None
+
+
+NO_POLICY: Mapping[str, Any] = {}
 
 
 class ClaimedJob(NamedTuple):
@@ -120,6 +128,8 @@ class ClaimedJob(NamedTuple):
         crashes: Workers that were lost while they had it.
         queued_ms: Milliseconds from when the job could run until this claim.
         remaining_s: Seconds from the claim to the deadline, by the database's clock.
+        policy: Options that steer how the job is answered, by their names.
+        decision: What earlier claims decided, a key a feature.
     """
 
     id: uuid.UUID
@@ -141,6 +151,8 @@ class ClaimedJob(NamedTuple):
     stream: bool = False
     has_callback: bool = False
     crashes: int = 0
+    policy: Mapping[str, Any] = NO_POLICY
+    decision: Mapping[str, Any] = NO_POLICY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +194,8 @@ class Outcome(NamedTuple):
         cost_usd: The price of those calls; None where no price is known.
         provider_ms: Milliseconds from sending the request to the end of its response.
         unknown_calls: Calls whose outcome (and bill) is not known, e.g. after a time-out.
+        decision: Why it went this way, a key a feature; never a prompt or an output.
+        saved_usd: US dollars that this answer would have cost without what saved them.
     """
 
     job_id: uuid.UUID
@@ -203,6 +217,8 @@ class Outcome(NamedTuple):
     batch_size: int = 1
     queued_ms: float = 0.0
     provider_ms: float | None = None
+    decision: Mapping[str, Any] | None = None
+    saved_usd: Decimal | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +228,11 @@ class Release:
     Attributes:
         delay_s: Seconds until it may run again.
         counts: False where the attempt was not the job's fault (429, shutdown).
+        tier: Another tier that is to go on with it; None for its own.
+        decision: What the job's result is to tell of this claim.
+        model: Who was paid for the calls of this claim, where that is known.
+        usage: Tokens of those calls, for the ledger.
+        cost_usd: The price of those calls; None where no price is known.
     """
 
     job_id: uuid.UUID
@@ -221,6 +242,13 @@ class Release:
     calls: int = 0
     unknown_calls: int = 0
     error: JobError | None = None
+    tier: str | None = None
+    decision: Mapping[str, Any] | None = None
+    model: str | None = None
+    provider: str | None = None
+    deployment: str | None = None
+    usage: Usage = NO_USAGE
+    cost_usd: Decimal | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +279,8 @@ class Result:
         queued_ms: Milliseconds the job waited for its (last) claim.
         total_ms: Milliseconds from its acceptance to its end.
         unknown_calls: Calls of all attempts whose outcome (and bill) nobody knows.
+        decision: Why this tier, model and deployment, why this wait: a key a feature.
+        saved_usd: US dollars that it would have cost without what saved them, e.g. the cache.
     """
 
     job_id: uuid.UUID
@@ -277,6 +307,8 @@ class Result:
     created_at: dt.datetime
     finished_at: dt.datetime
     unknown_calls: int = 0
+    decision: dict[str, Any] | None = None
+    saved_usd: Decimal | None = None
 
     @property
     def succeeded(self) -> bool:

@@ -54,7 +54,7 @@ def _options() -> dict[str, Any]:
         for name, field in section.model_fields.items():
             nested = name in told_apart and prefix in {"", "models.NAME."}
             if not nested:
-                options[prefix + name] = field.default
+                options[prefix + name] = field.get_default(call_default_factory=True)
     return options
 
 

@@ -50,7 +50,7 @@ def plan_requests(works: Sequence[Work], options: BatchOptions) -> Iterator[list
     Prompts that begin alike come one after the other, so that the provider's prefix cache hits.
     Many go into one request where the deployment takes a list and they differ in nothing else.
     """
-    ordered = sorted(works, key=lambda work: work.job.request)
+    ordered = sorted(works, key=lambda work: work.request)
     singles = [work for work in ordered if not _takes_list(work)]
     yield from ([work] for work in singles)
     shared: dict[tuple[object, ...], list[Work]] = {}
@@ -68,7 +68,7 @@ def _takes_list(work: Work) -> bool:
 
 
 def _likeness(work: Work) -> tuple[object, ...]:
-    parameters = orjson.loads(work.job.request)
+    parameters = orjson.loads(work.request)
     parameters.pop(_LIST_FIELD[work.job.kind])
     rest = orjson.dumps(parameters, option=orjson.OPT_SORT_KEYS)
     return work.job.kind, id(work.route), rest
@@ -305,7 +305,7 @@ class Caller:
         call = Call(
             kind=works[0].job.kind,
             model=candidate.model_there,
-            requests=[work.job.request for work in works],
+            requests=[work.request for work in works],
             input_tokens=[work.job.input_tokens for work in works],
             timeouts=candidate.timeouts,
             stream=candidate.deployment.stream or on_text is not None,

@@ -160,9 +160,23 @@ class Endings:
             self._promote_follower(work)
 
     def give_back(
-        self, work: Work, delay_s: float, *, counts: bool, error: JobError | None = None
+        self,
+        work: Work,
+        delay_s: float,
+        *,
+        counts: bool,
+        error: JobError | None = None,
+        tier: str | None = None,
     ) -> None:
-        """The job is queued again, to run in `delay_s`; `counts` if that burns an attempt."""
+        """The job is queued again, to run in `delay_s`; `counts` if that burns an attempt.
+
+        Args:
+            work: The job.
+            delay_s: Seconds until it may run.
+            counts: False where the attempt was not the job's fault.
+            error: Why it did not succeed, if it failed.
+            tier: Another tier that is to go on with it.
+        """
         self._finish(
             work,
             Release(
@@ -173,6 +187,8 @@ class Endings:
                 calls=work.calls,
                 unknown_calls=work.unknown_calls,
                 error=error,
+                tier=tier,
+                decision=work.decision,
             ),
         )
         self._promote_follower(work)
@@ -312,4 +328,6 @@ def _outcome(
         batch_size=work.batch.size,
         queued_ms=work.job.queued_ms,
         provider_ms=work.provider_ms,
+        decision=work.decision,
+        saved_usd=work.saved_usd,
     )

@@ -158,6 +158,7 @@ class Pipeline:
                 asked_at=asked_at,
                 claimed_at=claimed_at,
                 route=self._router.route(job),
+                request=job.request,
             )
             for job in jobs
         ]
@@ -205,7 +206,7 @@ class Pipeline:
             work.job.tenant,
             f"{first.deployment.provider}/{first.model_there}",
             work.job.kind,
-            work.job.request,
+            work.request,
         )
         return options.mode is CacheMode.USE
 

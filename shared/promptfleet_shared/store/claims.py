@@ -10,6 +10,7 @@ import orjson
 import sqlalchemy as sa
 
 from promptfleet_shared.jobs import (
+    NO_POLICY,
     CacheMode,
     CacheOptions,
     ClaimedJob,
@@ -47,7 +48,8 @@ RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, pri
           attempt, deferrals, calls, on_unknown,
           greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
           extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s, stream,
-          callback_url IS NOT NULL AS has_callback, crashes
+          callback_url IS NOT NULL AS has_callback, crashes, policy,
+          decision
 """)
 
 # Beats come often, to hear of cancellations, but write only where a third of the lease is over:
@@ -89,9 +91,11 @@ _RELEASE = sa.text("""
 WITH input AS (
     SELECT * FROM json_to_recordset(CAST(:records AS json)) AS r (
         job_id uuid, held_fence bigint, delay_s float8, counts boolean,
-        calls int, unknown_calls int, error jsonb)
+        calls int, unknown_calls int, error jsonb, tier text,
+        decision jsonb, model text, provider text, deployment text, input_tokens int,
+        cached_tokens int, output_tokens int, reasoning_tokens int, cost_usd numeric)
 ), locked AS MATERIALIZED (
-    SELECT id, input.* FROM jobs JOIN input ON id = job_id
+    SELECT id, jobs.tier AS was_tier, input.* FROM jobs JOIN input ON id = job_id
      WHERE fence = held_fence AND state = 'running' ORDER BY id FOR UPDATE OF jobs
 ), released AS (
     UPDATE jobs SET state = 'queued', lease_owner = NULL, lease_until = NULL, claim_calls = 0,
@@ -102,12 +106,21 @@ WITH input AS (
            deferrals = deferrals + CASE WHEN locked.counts THEN 0 ELSE 1 END,
            calls = jobs.calls + locked.calls,
            unknown_calls = jobs.unknown_calls + locked.unknown_calls,
-           last_error = coalesce(locked.error, last_error)
+           last_error = coalesce(locked.error, last_error),
+           tier = coalesce(locked.tier, jobs.tier),
+           decision = CASE WHEN locked.decision IS NULL THEN jobs.decision
+                           ELSE coalesce(jobs.decision, '{}') || locked.decision END
       FROM locked WHERE jobs.id = locked.id
-    RETURNING jobs.id, tenant, tier, priority, locked.calls, locked.unknown_calls
+    RETURNING jobs.id, tenant, jobs.tier, priority, locked.calls, locked.unknown_calls,
+              was_tier, locked.model, locked.provider, locked.deployment, locked.input_tokens,
+              cached_tokens, output_tokens, reasoning_tokens, cost_usd
 ), paid AS (
-    INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls)
-    SELECT id, tenant, tier, calls, unknown_calls FROM released WHERE calls > 0
+    INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls, model, provider, deployment,
+                        input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost_usd)
+    SELECT id, tenant, was_tier, calls, unknown_calls, model, provider, deployment,
+           coalesce(input_tokens, 0), coalesce(cached_tokens, 0), coalesce(output_tokens, 0),
+           coalesce(reasoning_tokens, 0), cost_usd
+      FROM released WHERE calls > 0
 )
 SELECT id, tier, priority FROM released
 """)
@@ -154,6 +167,8 @@ def _claimed(row: Any) -> ClaimedJob:
         stream=row[16],
         has_callback=row[17],
         crashes=row[18],
+        policy=row[19] or NO_POLICY,
+        decision=row[20] or NO_POLICY,
     )
 
 
@@ -227,6 +242,25 @@ def _release_record(item: Release) -> dict[str, Any]:
         "calls": item.calls,
         "unknown_calls": item.unknown_calls,
         "error": error_record(item.error),
+        "tier": item.tier,
+        "decision": item.decision,
+        **(_paid_record(item) if item.model is not None else _NOT_PAID),
+    }
+
+
+_NOT_PAID: dict[str, Any] = {}
+
+
+def _paid_record(item: Release) -> dict[str, Any]:
+    return {
+        "model": item.model,
+        "provider": item.provider,
+        "deployment": item.deployment,
+        "input_tokens": item.usage.input,
+        "cached_tokens": item.usage.cached,
+        "output_tokens": item.usage.output,
+        "reasoning_tokens": item.usage.reasoning,
+        "cost_usd": None if item.cost_usd is None else str(item.cost_usd),
     }
 
 

@@ -21,7 +21,7 @@ WITH input AS (
         error jsonb, model text, provider text, deployment text, input_tokens int,
         cached_tokens int, output_tokens int, reasoning_tokens int, cost_usd numeric, cache text,
         calls int, unknown_calls int, batch_id uuid, batch_size int, queued_ms float8,
-        provider_ms float8)
+        provider_ms float8, decision jsonb, saved_usd numeric)
 ), locked AS MATERIALIZED (
     SELECT id, fence FROM jobs JOIN input ON id = job_id
      WHERE fence = held_fence AND jobs.state = 'running' ORDER BY id FOR UPDATE OF jobs
@@ -34,18 +34,20 @@ WITH input AS (
      WHERE jobs.id = locked.id
     RETURNING jobs.id, jobs.fence, tenant, tier, attempt, jobs.calls AS all_calls,
               jobs.unknown_calls AS all_unknown_calls, metadata, callback_url, created_at,
-              finished_at, jobs.batch_id AS api_batch_id
+              finished_at, jobs.batch_id AS api_batch_id, jobs.decision AS decided
 ), result AS (
     INSERT INTO results (job_id, tenant, tier, state, text, response, finish_reason, error, model,
                          provider, deployment, input_tokens, cached_tokens, output_tokens,
                          reasoning_tokens, cost_usd, cache, attempts, calls, batch_id, batch_size,
                          queued_ms, provider_ms, total_ms, metadata, created_at, finished_at,
-                         unknown_calls, api_batch_id)
+                         unknown_calls, api_batch_id, decision, saved_usd)
     SELECT job_id, tenant, tier, state, text, CAST(response AS json), finish_reason, error, model,
            provider, deployment, input_tokens, cached_tokens, output_tokens, reasoning_tokens,
            cost_usd, cache, attempt, all_calls, batch_id, batch_size, queued_ms, provider_ms,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
-           finished_at, all_unknown_calls, api_batch_id
+           finished_at, all_unknown_calls, api_batch_id,
+           CASE WHEN decided IS NULL THEN decision ELSE decided || coalesce(decision, '{}') END,
+           saved_usd
       FROM done JOIN input ON id = job_id AND fence = held_fence
 ), paid AS (
     INSERT INTO ledger (job_id, tenant, tier, model, provider, deployment, calls, unknown_calls,
@@ -100,6 +102,8 @@ def _record(outcome: Outcome) -> dict[str, Any]:
         "cost_usd": None if outcome.cost_usd is None else str(outcome.cost_usd),
         "batch_id": outcome.batch_id,
         "provider_ms": outcome.provider_ms,
+        "decision": outcome.decision or None,
+        "saved_usd": None if outcome.saved_usd is None else str(outcome.saved_usd),
     }
     record.update((name, value) for name, value in optional.items() if value is not None)
     return record

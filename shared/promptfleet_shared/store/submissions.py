@@ -23,14 +23,15 @@ WITH input AS (
         id uuid, tenant text, tier text, kind text, model text, request text, input_tokens int,
         priority smallint, cache jsonb, metadata jsonb, idempotency_key text,
         request_digest text, callback_url text, on_unknown text, stream boolean, batch_id uuid,
-        deadline_s float8)
+        policy jsonb, concurrency_key text, deadline_s float8)
 ), clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
 INSERT INTO jobs (id, tenant, tier, kind, model, request, input_tokens, priority, cache, metadata,
                   idempotency_key, request_digest, callback_url, on_unknown, stream, batch_id,
-                  created_at, run_at, rung_at, deadline, sweep_at)
+                  policy, concurrency_key, created_at, run_at, rung_at, deadline, sweep_at)
 SELECT id, tenant, tier, kind, model, CAST(request AS json), input_tokens, priority, cache,
        metadata, idempotency_key, decode(request_digest, 'hex'), callback_url,
-       coalesce(on_unknown, 'retry'), coalesce(stream, false), batch_id, now, now, now,
+       coalesce(on_unknown, 'retry'), coalesce(stream, false), batch_id, policy,
+       concurrency_key, now, now, now,
        now + deadline_s * interval '1 second',
        now + least(deadline_s, :ring_grace_s) * interval '1 second'
   FROM input, clock
@@ -96,6 +97,8 @@ def request_digest(spec: JobSpec) -> str:
     facts: list[object] = [spec.tier, spec.kind, spec.model, spec.callback_url, spec.metadata]
     if spec.on_unknown is not OnUnknown.RETRY:  # else digests of earlier versions would change
         facts.append(spec.on_unknown)
+    if spec.policy or spec.concurrency_key:
+        facts.append([spec.policy, spec.concurrency_key])
     dumped = orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(dumped + b"\0" + spec.request).hexdigest()
 
@@ -168,6 +171,8 @@ def _record(spec: JobSpec, digest: str | None) -> dict[str, Any]:
         "on_unknown": None if spec.on_unknown is OnUnknown.RETRY else spec.on_unknown,
         "stream": spec.stream or None,
         "batch_id": spec.batch_id,
+        "policy": spec.policy,
+        "concurrency_key": spec.concurrency_key,
     }
     record.update((name, value) for name, value in optional.items() if value is not None)
     return record

@@ -107,6 +107,10 @@ jobs = sa.Table(
     sa.Column("stream", sa.Boolean, nullable=False, server_default=sa.false()),
     # The API's batch that the job is a line of; the workers' batches are in the results.
     sa.Column("batch_id", pg.UUID),
+    # Options that steer how it is answered, and what was decided by them so far.
+    sa.Column("policy", pg.JSONB),
+    sa.Column("decision", pg.JSONB),
+    _text("concurrency_key", nullable=True),
     _one_of("state", JobState),
     _one_of("kind", JobKind),
     _one_of("on_unknown", OnUnknown),
@@ -161,6 +165,8 @@ results = sa.Table(
     sa.Column("landed", Xid8, nullable=False, server_default=sa.text("pg_current_xact_id()")),
     # The job's batch of the API; `batch_id` is the worker's.
     sa.Column("api_batch_id", pg.UUID),
+    sa.Column("decision", pg.JSONB),
+    sa.Column("saved_usd", sa.Numeric),
     _one_of("state", FINAL_STATES),
     _one_of("cache", CacheStatus),
     sa.Index("results_landed_idx", "tenant", "landed", "job_id"),
@@ -190,6 +196,7 @@ ledger = sa.Table(
     sa.Column("cost_usd", sa.Numeric),
     _instant("at"),
     sa.Index("ledger_at_idx", "at", postgresql_using="brin"),
+    sa.Index("ledger_tenant_idx", "tenant", "at"),
 )
 
 # The outbox of signed callbacks, written with the result that they tell of.
