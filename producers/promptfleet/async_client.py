@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
 
 from promptfleet.backends import AsyncBackend, substitute
 from promptfleet.handles import AsyncPromptJob
-from promptfleet.options import PromptOptions
+from promptfleet.options import PromptOptions, check_option
 from promptfleet.requests import Prompt, PromptInput, job_id, job_ids, make_spec, make_specs
 from promptfleet.streaming import AsyncTokens, follow_async
 from promptfleet.waiting import Watch
 from promptfleet_shared.errors import JobNotFoundError, PromptFleetError
-from promptfleet_shared.jobs import JobState, Result
+from promptfleet_shared.jobs import Conversation, JobState, Result
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import (
@@ -169,6 +169,16 @@ class AsyncClient:
             return True
         await self.get_state(wanted)
         return False
+
+    async def get_conversation(self, memory_id: str) -> Conversation | None:
+        """What is remembered under a `memory_id`; see `Client.get_conversation`."""
+        wanted = check_option("memory_id", memory_id)
+        return await self._backend().conversation(wanted)
+
+    async def delete_conversation(self, memory_id: str) -> bool:
+        """Forget a conversation; see `Client.delete_conversation`."""
+        wanted = check_option("memory_id", memory_id)
+        return await self._backend().forget(wanted)
 
     async def close(self) -> None:
         """Ring what is left, for two seconds at most, and close the connections."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from promptfleet.requests import Defaults
 from promptfleet.transcripts import Transcript
-from promptfleet_shared.jobs import Doorbell, JobSpec, JobState, Result
+from promptfleet_shared.jobs import Conversation, Doorbell, JobSpec, JobState, Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +89,14 @@ class Backend(Protocol):
         """Where the tokens of a job come from; it was looked up before, so it is the tenant's."""
         ...
 
+    def conversation(self, memory_id: str) -> Conversation | None:
+        """What is remembered under this id; None if nothing is."""
+        ...
+
+    def forget(self, memory_id: str) -> bool:
+        """Delete a conversation; false if there is none."""
+        ...
+
     def close(self) -> None:
         """Ring what is left and give connections back."""
         ...
@@ -118,6 +126,14 @@ class AsyncBackend(Protocol):
 
     def token_source(self, job_id: uuid.UUID) -> AbstractContextManager[AsyncTokenSource]:
         """Where the tokens of a job come from; it was looked up before, so it is the tenant's."""
+        ...
+
+    async def conversation(self, memory_id: str) -> Conversation | None:
+        """What is remembered under this id; None if nothing is."""
+        ...
+
+    async def forget(self, memory_id: str) -> bool:
+        """Delete a conversation; false if there is none."""
         ...
 
     async def close(self) -> None:
@@ -172,7 +188,13 @@ def uninstall(stand_in: Substitute) -> None:
 def doorbells(specs: Sequence[JobSpec], ids: Sequence[uuid.UUID]) -> list[Doorbell]:
     """A doorbell for each job that is new; who has an earlier job's id was rung for already."""
     return [
-        Doorbell(job_id=spec.id, tier=spec.tier, priority=spec.priority)
+        Doorbell(
+            job_id=spec.id,
+            tier=spec.tier,
+            priority=spec.priority,
+            tenant=spec.tenant,
+            concurrency_key=spec.concurrency_key,
+        )
         for spec, job_id in zip(specs, ids, strict=True)
         if spec.id == job_id
     ]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
 
 from promptfleet.backends import Backend, substitute
 from promptfleet.handles import PromptJob
-from promptfleet.options import PromptOptions
+from promptfleet.options import PromptOptions, check_option
 from promptfleet.requests import Prompt, PromptInput, job_id, job_ids, make_spec, make_specs
 from promptfleet.streaming import Tokens, follow
 from promptfleet.waiting import Watch
 from promptfleet_shared.errors import JobNotFoundError, PromptFleetError
-from promptfleet_shared.jobs import JobState, Result
+from promptfleet_shared.jobs import Conversation, JobState, Result
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -236,6 +236,34 @@ class Client:
             return True
         self.get_state(wanted)
         return False
+
+    def get_conversation(self, memory_id: str) -> Conversation | None:
+        """What is remembered under a `memory_id`; None if nothing is.
+
+        Args:
+            memory_id: As it was given to `enqueue_prompt`.
+
+        Raises:
+            InvalidRequestError: It is no such id.
+            StoreUnavailableError: The database can't be reached.
+        """
+        wanted = check_option("memory_id", memory_id)
+        return self._backend().conversation(wanted)
+
+    def delete_conversation(self, memory_id: str) -> bool:
+        """Forget a conversation: its turns and its summary. Jobs and results stay.
+
+        A job of it that is under way goes on, and its turn is not remembered.
+
+        Returns:
+            True if there was one.
+
+        Raises:
+            InvalidRequestError: It is no such id.
+            StoreUnavailableError: The database can't be reached; try again.
+        """
+        wanted = check_option("memory_id", memory_id)
+        return self._backend().forget(wanted)
 
     def close(self) -> None:
         """Ring what is left, for two seconds at most, and close the connections."""

@@ -12,7 +12,7 @@ from promptfleet.client import Client
 from promptfleet.handles import PromptJob
 from promptfleet.options import PromptOptions
 from promptfleet.requests import Prompt, PromptInput
-from promptfleet_shared.jobs import Result
+from promptfleet_shared.jobs import Conversation, Result
 
 if TYPE_CHECKING:
     from promptfleet.client import SyncSession
@@ -98,3 +98,13 @@ def wait_for_result(id: uuid.UUID | str, timeout: float | None = None) -> Result
 def cancel(id: uuid.UUID | str) -> bool:  # noqa: A002
     """Ask for the job's cancellation; see `Client.cancel`."""
     return _default.get().cancel(id)
+
+
+def get_conversation(memory_id: str) -> Conversation | None:
+    """What is remembered under a `memory_id`; see `Client.get_conversation`."""
+    return _default.get().get_conversation(memory_id)
+
+
+def delete_conversation(memory_id: str) -> bool:
+    """Forget a conversation; see `Client.delete_conversation`."""
+    return _default.get().delete_conversation(memory_id)

@@ -14,10 +14,11 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 
 from promptfleet.backends import Lookup
+from promptfleet.memory_conversations import MemoryConversations
 from promptfleet.requests import Defaults
 from promptfleet.transcripts import Transcript
 from promptfleet_shared.errors import IdempotencyConflictError, InvalidRequestError
-from promptfleet_shared.jobs import JobSpec, JobState, Outcome, Result
+from promptfleet_shared.jobs import Conversation, JobSpec, JobState, Outcome, Result
 from promptfleet_shared.token_stream import Entry, Take
 
 _WORD = re.compile(r"\s*\S+\s*|\s+")
@@ -53,6 +54,7 @@ class MemoryBackend:
         self._lock = threading.RLock()
         self._rows: dict[uuid.UUID, _Row] = {}
         self._by_key: dict[tuple[str, str], uuid.UUID] = {}
+        self._conversations = MemoryConversations()
 
     def submit(self, specs: Sequence[JobSpec], session: object | None = None) -> list[uuid.UUID]:
         """See `Backend`."""
@@ -104,6 +106,16 @@ class MemoryBackend:
             row = self._rows[job_id]
             return row.result.text if row.spec.stream and row.result is not None else None
 
+    def conversation(self, memory_id: str) -> Conversation | None:
+        """See `Backend`."""
+        with self._lock:
+            return self._conversations.read(memory_id)
+
+    def forget(self, memory_id: str) -> bool:
+        """See `Backend`."""
+        with self._lock:
+            return self._conversations.forget(memory_id)
+
     def close(self) -> None:
         """See `Backend`; the jobs stay."""
 
@@ -114,6 +126,7 @@ class MemoryBackend:
                 return False
             row = self._rows[outcome.job_id]
             row.result = _result(row, outcome, response, self.defaults.now())
+            self._conversations.add(row.spec, outcome, row.result.finished_at)
             return True
 
     def _is_open(self, id_: uuid.UUID) -> bool:
@@ -194,6 +207,14 @@ class AsyncMemoryBackend:
         text = functools.partial(self._backend.streamed_text, job_id)
         return contextlib.nullcontext(_AsyncCanned(text))
 
+    async def conversation(self, memory_id: str) -> Conversation | None:
+        """See `AsyncBackend`."""
+        return self._backend.conversation(memory_id)
+
+    async def forget(self, memory_id: str) -> bool:
+        """See `AsyncBackend`."""
+        return self._backend.forget(memory_id)
+
     async def close(self) -> None:
         """See `AsyncBackend`."""
         self._backend.close()
@@ -272,4 +293,5 @@ def _result(row: _Row, outcome: Outcome, response: object, now: dt.datetime) -> 
         metadata=spec.metadata or {},
         created_at=row.created_at,
         finished_at=now,
+        decision=spec.decision,
     )

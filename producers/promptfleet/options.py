@@ -10,9 +10,13 @@ from typing import Any, Literal, NoReturn, TypedDict, TypeGuard
 
 import orjson
 
+from promptfleet import context_options, tier_options
+from promptfleet.context_options import ContextOption, ContextPolicyName, MemoryOption
+from promptfleet.tier_options import EscalateOption
 from promptfleet_shared.egress import check_url
 from promptfleet_shared.errors import InvalidRequestError
 from promptfleet_shared.jobs import MAX_PRIORITY, CacheMode, CacheOptions, JobKind, OnUnknown
+from promptfleet_shared.policies.provider_batches import Service
 from promptfleet_shared.tiers import TIER_NAME
 
 MAX_METADATA_BYTES = 16 * 1024
@@ -29,7 +33,8 @@ class PromptOptions(TypedDict, total=False):
     """How a prompt is to be answered; None means the same as leaving the option out.
 
     Attributes:
-        tier: Which models answer, e.g. "basic"; the fleet's default tier without it.
+        tier: Which models answer, e.g. "basic", or "auto" to have it chosen by what the prompt
+            needs; the fleet's default tier without it.
         model: One model of the fleet instead of the tier's own choice.
         system: The system message, put before the others.
         max_tokens: Tokens that the answer may have at most.
@@ -41,15 +46,36 @@ class PromptOptions(TypedDict, total=False):
         tools: The functions that the model may call, as the provider takes them.
         tool_choice: "auto", "none", "required" or the provider's object that names one.
         metadata: JSON of yours, up to 16 KiB, given back with the result.
-        priority: From 0 to 9, the most urgent; 5 without it.
+        priority: From 0 to 9, the most urgent; 5 without it. It counts among the tenant's own jobs.
+        concurrency_key: Up to 255 characters; of the tenant's jobs with the same key only so many
+            are in flight as fleet.toml's [fairness] says, and the others wait.
+        limit_key: Up to 255 characters; of the tenant's jobs with the same key only so many are
+            called as the rules `per = "limit_key"` of fleet.toml's [limits] say.
         deadline: Until when an answer is of use: an aware datetime, or seconds from now.
         idempotency_key: Up to 255 characters; the same key with the same request is one job.
         callback_url: Where the result is posted, signed.
-        cache: True or "use", False or "off", "refresh", or `CacheOptions`.
+        cache: True or "use", False or "off", "refresh", "only" (fail where no answer is known,
+            with the code `cache_miss`), or `CacheOptions`.
         kind: "chat", "completion" or "embedding".
         on_unknown: What becomes of a job when nobody knows whether its call was answered, and
             billed: "retry", or "fail" where nothing may be done twice. "retry" without it.
         stream: True to read the answer as it comes, by `tokens()` or `stream()` of the job.
+        service: "batch" to have it answered by its provider's batch API, at half price and within
+            a day; "auto" for that if its deadline is far enough; "standard" without it.
+        session_id: Up to 255 characters; prompts of one session go to the same deployment, whose
+            prefix cache knows them, while it is well and not overloaded.
+        attributes: What you know of the prompt, for `tier="auto"`: e.g. `needs_reasoning`,
+            `critical_task`, or whatever the conditions of fleet.toml ask for.
+        complexity: How hard it is, for `tier="auto"`: "low", "medium", "high", or 1 to 10.
+        escalate_on: What is wrong with an answer, so that the job goes on to the next tier; False
+            for nothing. The tier's own checks without it.
+        context: What becomes of a chat that is too long for every model that may answer it: the
+            name of a policy, or `ContextOption`. What fleet.toml says without it.
+        memory_id: Up to 255 characters; chats with the same one are one conversation: each is told
+            what was said before, and its turn is remembered. They are answered one by one.
+        memory: How much of its conversation the job is told; see `MemoryOption`.
+        compact: True to leave out of its texts what changes nothing, such as white space around
+            JSON; False for its texts as they are. What fleet.toml says without it.
     """
 
     tier: str | None
@@ -65,13 +91,24 @@ class PromptOptions(TypedDict, total=False):
     tool_choice: str | Mapping[str, Any] | None
     metadata: Mapping[str, Any] | None
     priority: int | None
+    concurrency_key: str | None
+    limit_key: str | None
     deadline: dt.datetime | dt.timedelta | float | None
     idempotency_key: str | None
     callback_url: str | None
-    cache: bool | Literal["use", "refresh", "off"] | CacheOptions | None
+    cache: bool | Literal["use", "refresh", "only", "off"] | CacheOptions | None
     kind: Literal["chat", "completion", "embedding"] | JobKind | None
     on_unknown: Literal["retry", "fail"] | OnUnknown | None
     stream: bool | None
+    service: Literal["standard", "batch", "auto"] | Service | None
+    attributes: Mapping[str, Any] | None
+    complexity: tier_options.Complexity | None
+    escalate_on: EscalateOption | None
+    session_id: str | None
+    context: ContextPolicyName | ContextOption | None
+    memory_id: str | None
+    memory: MemoryOption | None
+    compact: bool | None
 
 
 def refuse(field: str, accepted: str, value: object) -> NoReturn:
@@ -301,7 +338,7 @@ def _cache_mode(value: object, field: str) -> CacheMode:
         for mode in CacheMode:
             if mode == value:
                 return mode
-    refuse(field, 'True, False, "use", "refresh", "off" or CacheOptions', value)
+    refuse(field, 'True, False, "use", "refresh", "only", "off" or CacheOptions', value)
 
 
 def _cache_options(value: CacheOptions, field: str) -> CacheOptions:
@@ -333,13 +370,60 @@ def _on_unknown(value: object, field: str) -> OnUnknown:
     refuse(field, "one of " + ", ".join(OnUnknown), value)
 
 
+def _compact(value: object, field: str) -> bool:
+    if not isinstance(value, bool):
+        refuse(field, "True or False", value)
+    return value
+
+
 def _stream(value: object, field: str) -> bool:
     if not isinstance(value, bool):
         refuse(field, "True or False", value)
     return value
 
 
-POLICY_OPTIONS: frozenset[str] = frozenset()
+def _attributes(value: object, field: str) -> dict[str, Any]:
+    return tier_options.attributes(value, field, refuse)
+
+
+def _complexity(value: object, field: str) -> str | float:
+    return tier_options.complexity(value, field, refuse)
+
+
+def _escalate_on(value: object, field: str) -> dict[str, Any]:
+    return tier_options.escalate_on(value, field, refuse)
+
+
+def _service(value: object, field: str) -> str:
+    if isinstance(value, str):
+        for service in Service:
+            if service == value:
+                return service.value
+    refuse(field, "one of " + ", ".join(Service), value)
+
+
+def _context(value: object, field: str) -> dict[str, Any]:
+    return context_options.context(value, field, refuse)
+
+
+def _memory(value: object, field: str) -> dict[str, Any]:
+    return context_options.memory(value, field, refuse)
+
+
+POLICY_OPTIONS: frozenset[str] = frozenset(
+    {
+        "attributes",
+        "compact",
+        "complexity",
+        "context",
+        "escalate_on",
+        "limit_key",
+        "memory",
+        "memory_id",
+        "service",
+        "session_id",
+    }
+)
 """The options that steer how a job is answered: it carries them as its policy, by their names."""
 
 _CHECKS: dict[str, Callable[[object, str], object]] = {
@@ -356,11 +440,22 @@ _CHECKS: dict[str, Callable[[object, str], object]] = {
     "tool_choice": _tool_choice,
     "metadata": _metadata,
     "priority": _priority,
+    "concurrency_key": _name,
+    "limit_key": _name,
     "deadline": _as_given,
     "idempotency_key": _idempotency_key,
     "callback_url": _as_given,
     "cache": _cache,
     "kind": _kind,
     "on_unknown": _on_unknown,
+    "compact": _compact,
     "stream": _stream,
+    "attributes": _attributes,
+    "complexity": _complexity,
+    "escalate_on": _escalate_on,
+    "service": _service,
+    "session_id": _name,
+    "context": _context,
+    "memory_id": _name,
+    "memory": _memory,
 }

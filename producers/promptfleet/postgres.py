@@ -25,9 +25,11 @@ from promptfleet_shared.errors import (
     StoreUnavailableError,
 )
 from promptfleet_shared.fleet import Fleet, load_fleet
-from promptfleet_shared.jobs import Doorbell, JobSpec
-from promptfleet_shared.queueing import Ringer, make_celery
+from promptfleet_shared.jobs import Conversation, Doorbell, JobSpec
+from promptfleet_shared.parking import ParkingLot
+from promptfleet_shared.queueing import Ringer, make_celery, publish
 from promptfleet_shared.settings import Settings
+from promptfleet_shared.store.conversations import delete_conversation, read_conversation
 from promptfleet_shared.store.engines import make_async_engine, make_engine, store_errors
 from promptfleet_shared.store.failures import sqlstate_of
 from promptfleet_shared.store.results import read_results, request_cancel, states
@@ -135,6 +137,18 @@ class PostgresBackend(_Servers[sa.Engine]):
             self._tokens = TokenSources(self._streams_url)
         return self._tokens.of(job_id)
 
+    def conversation(self, memory_id: str) -> Conversation | None:
+        """See `Backend`."""
+        return self._run(lambda c: read_conversation(c, memory_id, tenant=self.defaults.tenant))
+
+    def forget(self, memory_id: str) -> bool:
+        """See `Backend`."""
+        with plain_errors():
+            return _in_transaction(
+                self._engine,
+                lambda c: delete_conversation(c, memory_id, tenant=self.defaults.tenant),
+            )
+
     def close(self) -> None:
         """See `Backend`."""
         self._bell.close()
@@ -225,6 +239,19 @@ class AsyncPostgresBackend(_Servers[AsyncEngine]):
             self._tokens = AsyncTokenSources(self._streams_url)
         return self._tokens.of(job_id)
 
+    async def conversation(self, memory_id: str) -> Conversation | None:
+        """See `Backend`."""
+        tenant = self.defaults.tenant
+        return await self._run(lambda c: read_conversation(c, memory_id, tenant=tenant))
+
+    async def forget(self, memory_id: str) -> bool:
+        """See `Backend`."""
+        tenant = self.defaults.tenant
+        with plain_errors():
+            return await self._in_transaction(
+                self._engine, lambda c: delete_conversation(c, memory_id, tenant=tenant)
+            )
+
     async def close(self) -> None:
         """See `Backend`."""
         self._leave_former_loop()
@@ -292,13 +319,15 @@ def make_defaults(settings: Settings, fleet: Fleet) -> Defaults:
         tiers=fleet.tier_names if settings.config_path is not None else None,
         models=tuple(fleet.models) or None,
         callback_allow_loopback=settings.callback_allow_loopback,
+        chooser=fleet.tier_chooser() if settings.config_path is not None else None,
     )
 
 
 def make_ringer(settings: Settings, fleet: Fleet) -> Ringer:
     """What rings for jobs in the background; connects with the first one."""
     app = make_celery(settings.broker_url.get_secret_value(), fleet.tier_names)
-    return Ringer(app, window_s=settings.doorbell_window_ms / 1000)
+    deliver = ParkingLot().deliver if fleet.fairness.enabled else publish
+    return Ringer(app, window_s=settings.doorbell_window_ms / 1000, deliver=deliver)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import datetime as dt
 import difflib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import orjson
 from uuid_utils.compat import uuid7
@@ -31,6 +31,10 @@ from promptfleet_shared.jobs import (
     JobSpec,
     OnUnknown,
 )
+from promptfleet_shared.tiers import AUTO_TIER
+
+if TYPE_CHECKING:
+    from promptfleet_shared.policies.tier_choice import TierChooser
 
 MAX_REQUEST_BYTES = 8 * 1024 * 1024
 BYTES_A_TOKEN = 4
@@ -85,6 +89,7 @@ class Defaults:
         models: The models that jobs may name; None where no fleet.toml has any.
         now: The caller's clock, for deadlines that are instants.
         callback_allow_loopback: Whether callbacks may go to this very machine.
+        chooser: What decides `tier="auto"`; None where only the tiers' names are known.
     """
 
     tenant: str = DEFAULT_TENANT
@@ -94,6 +99,7 @@ class Defaults:
     models: tuple[str, ...] | None = None
     now: Callable[[], dt.datetime] = utc_now
     callback_allow_loopback: bool = False
+    chooser: TierChooser | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +108,7 @@ class Template:
 
     Attributes:
         parameters: The parameters of the provider's body.
+        chooser: What chooses the tier of each; None where `tier` is it.
     """
 
     tenant: str
@@ -120,6 +127,7 @@ class Template:
     stream: bool = False
     policy: dict[str, Any] | None = None
     concurrency_key: str | None = None
+    chooser: TierChooser | None = None
 
     def spec(self, prompt: object, field: str = "prompt") -> JobSpec:
         """The job that asks this prompt.
@@ -138,9 +146,12 @@ class Template:
         if len(request) > MAX_REQUEST_BYTES:
             msg = f"{field}: the request is {len(request)} bytes of JSON; {MAX_REQUEST_BYTES} fit"
             raise InvalidRequestError(msg, field=field)
+        tier, decision = self.tier, None
+        if self.chooser is not None:
+            tier, decision = self._chosen(self.chooser, request)
         return JobSpec(
             id=uuid7(),
-            tier=self.tier,
+            tier=tier,
             request=request,
             input_tokens=-(-len(request) // BYTES_A_TOKEN),
             deadline_s=self.deadline_s,
@@ -156,7 +167,18 @@ class Template:
             stream=self.stream,
             policy=self.policy,
             concurrency_key=self.concurrency_key,
+            decision=decision,
         )
+
+    def _chosen(self, chooser: TierChooser, request: bytes) -> tuple[str, dict[str, Any]]:
+        # A second call for a prompt that must not be called twice, or whose model stands already?
+        may_triage = (
+            self.kind is not JobKind.EMBEDDING
+            and self.model is None
+            and self.on_unknown is OnUnknown.RETRY
+        )
+        decided = chooser.decide(request, self.policy or {}, may_triage=may_triage)
+        return decided.tier, {"tier": decided.record()}
 
     def _request(self, prompt: object, field: str) -> bytes:
         if self.kind is JobKind.CHAT:
@@ -242,7 +264,7 @@ def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
     kind = checked.pop("kind", JobKind.CHAT)
     deadline = checked.pop("deadline", None)
     tier = checked.pop("tier", defaults.tier)
-    if defaults.tiers is not None and tier not in defaults.tiers:
+    if defaults.tiers is not None and tier not in defaults.tiers and tier != AUTO_TIER:
         accepted = ", ".join(defaults.tiers)
         msg = f"tier: the fleet has no tier {tier!r}; its tiers are {accepted}"
         raise InvalidRequestError(msg, field="tier")
@@ -255,6 +277,8 @@ def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
     parameters = {name: checked.pop(name) for name in tuple(checked) if name in allowed}
     _refuse_foreign(checked, kind)
     policy = {name: checked.pop(name) for name in tuple(checked) if name in POLICY_OPTIONS}
+    _refuse_unknown_check(policy, defaults)
+    _refuse_memory(policy, kind)
     return Template(
         tenant=defaults.tenant,
         tier=tier,
@@ -264,8 +288,42 @@ def make_template(options: Mapping[str, Any], defaults: Defaults) -> Template:
         ),
         parameters=parameters,
         policy=policy or None,
+        chooser=_chooser(defaults) if tier == AUTO_TIER else None,
         **checked,
     )
+
+
+def _refuse_unknown_check(policy: Mapping[str, Any], defaults: Defaults) -> None:
+    """Refuse a check of the answer that fleet.toml does not name."""
+    name = policy.get("escalate_on", {}).get("function")
+    chooser = defaults.chooser
+    if name is not None and chooser is not None and name not in chooser.checks:
+        listed = _listed(sorted(chooser.checks)) or "none"
+        msg = f"escalate_on.function: is none of [routing.checks] of fleet.toml, which has {listed}"
+        raise InvalidRequestError(msg, field="escalate_on.function")
+
+
+def _refuse_memory(policy: Mapping[str, Any], kind: JobKind) -> None:
+    """Refuse a conversation where there can be none."""
+    if "memory" in policy and "memory_id" not in policy:
+        raise InvalidRequestError("memory: needs a memory_id", field="memory")
+    if "memory_id" not in policy:
+        return
+    if kind is not JobKind.CHAT:
+        msg = f"memory_id: is no option of the kind {kind.value!r}"
+        raise InvalidRequestError(msg, field="memory_id")
+    if policy.get("service", "standard") == "batch":
+        msg = "memory_id: no turn of a conversation can wait for a provider's batch API"
+        raise InvalidRequestError(msg, field="memory_id")
+
+
+def _chooser(defaults: Defaults) -> TierChooser:
+    if defaults.chooser is not None:
+        return defaults.chooser
+    # Here, since what it is made of takes a tenth of a second to import.
+    from promptfleet_shared.policies.tier_choice import TierChooser  # noqa: PLC0415
+
+    return TierChooser.of_names(defaults.tiers, fallback=defaults.tier)
 
 
 def _refuse_model(given: str, models: Sequence[str]) -> NoReturn:

@@ -12,9 +12,9 @@ from typing import Any
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from promptfleet.transcripts import Transcript
+from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_shared.token_stream import KEY_PREFIX, Entry, stream_key
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class StreamWatcher:
                 pipe.xadd(self._wake_key, {"w": ""}, maxlen=1, approximate=False)
                 pipe.expire(self._wake_key, WAKE_TTL_S)
                 await pipe.execute()
-        except (RedisError, OSError, TimeoutError):
+        except REDIS_FAILURES:
             pass  # then reading fails, too, and its next try knows of the new watch
         finally:
             self._wake_up = None
@@ -167,7 +167,7 @@ class StreamWatcher:
         while self._watched:
             try:
                 await self._read()
-            except (RedisError, OSError, TimeoutError) as error:
+            except REDIS_FAILURES as error:
                 self._say_away(error)
                 for watched in self._watched.values():
                     watched.last_id = _START  # another server's ids may be smaller

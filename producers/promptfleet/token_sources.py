@@ -10,11 +10,11 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from promptfleet.stream_watcher import Listener, StreamWatcher
 from promptfleet.transcripts import Transcript
+from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_shared.token_stream import Entry, stream_key
 
 ENTRIES_A_READ = 1_000
@@ -103,7 +103,7 @@ class RedisTokenSource:
         try:
             streams: dict[Any, Any] = {self._key: self._last_id}
             reply: Any = self._redis.xread(streams, ENTRIES_A_READ, block_ms)
-        except (RedisError, OSError):
+        except REDIS_FAILURES:
             self._cold_until = self._clock() + COOL_DOWN_S
             self._last_id = _START  # another server's ids may be smaller
             return False

@@ -22,7 +22,10 @@ The docstring of a class is its default message; facts are attributes, never pro
 from __future__ import annotations
 
 import inspect
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from promptfleet_shared.jobs import Usage
 
 
 class PromptFleetError(Exception):
@@ -137,6 +140,7 @@ class ProviderError(PromptFleetError):
         status: int | None = None,
         retry_after_s: float | None = None,
         unknown_outcome: bool = False,
+        usage: Usage | None = None,
     ) -> None:
         """Facts of the failure.
 
@@ -146,9 +150,11 @@ class ProviderError(PromptFleetError):
             status: The HTTP status, where there was one.
             retry_after_s: Seconds the provider told us to wait, if it did.
             unknown_outcome: True if the provider may have done (and billed) the work.
+            usage: What the provider itself counted for it, where it did.
         """
         super().__init__(message)
         self.code = code  # type: ignore[misc]  # per failure here, per class elsewhere
         self.status = status
         self.retry_after_s = retry_after_s
         self.unknown_outcome = unknown_outcome
+        self.usage = usage

@@ -12,7 +12,23 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from promptfleet_shared.errors import ConfigurationError
+from promptfleet_shared.policies.balancing import BalancingSection, Complexity, ModelBalancing
+from promptfleet_shared.policies.budgets import Budget, twice_named
+from promptfleet_shared.policies.caching import CacheSection
+from promptfleet_shared.policies.compact import CompactSection
+from promptfleet_shared.policies.context import ContextSection
+from promptfleet_shared.policies.conversations import MemorySection
+from promptfleet_shared.policies.fairness import FairnessSection
+from promptfleet_shared.policies.limits import DeploymentLimits, LimitsSection
+from promptfleet_shared.policies.provider_batches import BatchServiceSection
+from promptfleet_shared.policies.routing import (
+    AnyConditions,
+    EscalateOn,
+    RoutingSection,
+    tier_rule,
+)
 from promptfleet_shared.policies.section import Count, Milliseconds, Section
+from promptfleet_shared.policies.tier_choice import TierChooser
 from promptfleet_shared.tiers import DEFAULT_TIERS, TIER_NAME
 
 Options = TypeVar("Options", bound=Section)
@@ -68,22 +84,6 @@ class TimeoutOptions(Section):
     timeout_ms: Milliseconds = 600_000.0
 
 
-class CacheSection(Section):
-    """The response cache.
-
-    Attributes:
-        enabled: False turns it off for every job.
-        ttl_s: Seconds that an answer is kept.
-        namespace: A prefix of the keys; change it to start afresh.
-        max_value_bytes: A longer response is not cached.
-    """
-
-    enabled: bool = True
-    ttl_s: Count = 3600
-    namespace: str = "default"
-    max_value_bytes: Count = 1_000_000
-
-
 class BreakerOptions(Section):
     """When a deployment that fails is left alone, and how it comes back; over the whole fleet.
 
@@ -117,7 +117,8 @@ class Deployment(Section):
 
     Attributes:
         name: Unique in the fleet; shown on result rows.
-        provider: Which protocol it speaks: "openai" (and everything compatible) or "anthropic".
+        provider: Which protocol it speaks: "openai" (and everything compatible), "anthropic",
+            "gemini", or the name of an entry point of the group `promptfleet.providers`.
         base_url: With the version, e.g. https://api.openai.com/v1.
         model: The model's name there; the model's own name when empty.
         api_key: The key itself (better: `api_key_env`).
@@ -128,6 +129,13 @@ class Deployment(Section):
         max_concurrent_calls: Calls in flight here from one worker; None: the tier's own bound.
         stream: True to have chats and completions streamed: a dead call is noticed after
             `idle_timeout_ms` instead of `timeout_ms`.
+        limits: What the provider allows; None: no limit is kept, and none learned.
+        max_concurrency: Jobs in flight here from the whole fleet, as far as the balancer knows:
+            a deployment that has so many is passed over while another one has room.
+        max_complexity: The hardest job, from 1 to 10, that the balancer sends here.
+        price_as: As the model's, where this deployment has a price of its own.
+        options: Whatever a provider of your own wants to know.
+        batch_api: True if its provider's batch API may have jobs of `service="batch"`.
     """
 
     name: str = ""
@@ -141,6 +149,12 @@ class Deployment(Section):
     max_concurrent_calls: Count | None = None
     stream: bool = False
     timeouts: TimeoutOptions | None = None
+    limits: DeploymentLimits | None = None
+    max_concurrency: Count | None = None
+    max_complexity: Complexity | None = None
+    price_as: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    batch_api: bool = False
 
     def secret(self) -> str | None:
         """The API key, from wherever it is configured."""
@@ -156,19 +170,39 @@ class Model(Section):
         deployments: Tried in this order.
         price_as: The `provider/model` whose price applies, as genai-prices names them; by default
             the deployment's provider and model. "free" for a model of your own.
+        context_window: Tokens that the model can read and write in one call; by default what
+            genai-prices knows of it.
+        max_output_tokens: Tokens that it can write, where that is less.
+        balancing: Options of [balancing] that are different for this model.
     """
 
     deployments: Annotated[tuple[Deployment, ...], Field(min_length=1)]
     price_as: str | None = None
+    context_window: Count | None = None
+    max_output_tokens: Count | None = None
+    balancing: ModelBalancing | None = None
 
 
 class TierSection(Section):
-    """A tier: its models in order of preference, and options that differ from the fleet's."""
+    """A tier: its models in order of preference, and options that differ from the fleet's.
+
+    Attributes:
+        models: Tried in this order.
+        max_tokens: Tokens that an answer of this tier has at most: added to a request that sets no
+            bound, and put in place of a higher one. None: as the request says.
+        conditions: Which prompts of `tier="auto"` are this tier's: one table that holds as a
+            whole, or a list of tables of which one is enough.
+        escalate_on: What is wrong with an answer, so that the job goes on to the next tier.
+    """
 
     models: Annotated[tuple[str, ...], Field(min_length=1)]
+    max_tokens: Count | None = None
+    conditions: AnyConditions | None = None
+    escalate_on: EscalateOn | None = None
     batch: BatchOptions | None = None
     retry: RetryOptions | None = None
     timeouts: TimeoutOptions | None = None
+    compact: CompactSection | None = None
 
 
 class Fleet(Section):
@@ -182,6 +216,15 @@ class Fleet(Section):
     timeouts: TimeoutOptions = TimeoutOptions()
     cache: CacheSection = CacheSection()
     breaker: BreakerOptions = BreakerOptions()
+    limits: LimitsSection = LimitsSection()
+    batch_service: BatchServiceSection = BatchServiceSection()
+    fairness: FairnessSection = FairnessSection()
+    context: ContextSection = ContextSection()
+    memory: MemorySection = MemorySection()
+    balancing: BalancingSection = BalancingSection()
+    routing: RoutingSection = RoutingSection()
+    budgets: tuple[Budget, ...] = ()
+    compact: CompactSection = CompactSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -211,6 +254,22 @@ class Fleet(Section):
         if self.tiers and self.default_tier not in self.tiers:
             msg = f"default_tier: {self.default_tier!r} is none of {', '.join(self.tiers)}"
             raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _policies_fit(self) -> Self:
+        mistake = (
+            self.context.mistake(self.tiers, self.models)
+            or self.memory.mistake(self.models)
+            or self.routing.mistake(self.tier_names, self.models)
+            or self._escalation_mistake()
+        )
+        if mistake is not None:
+            raise ValueError(mistake)
+        if (mistake := twice_named(self.budgets)) is not None:
+            raise ValueError(mistake)
+        if (unknown := self.cache.unknown_models(self.models)) is not None:
+            raise ValueError(unknown)
         names = [d.name for model in self.models.values() for d in model.deployments]
         for name in names:
             if names.count(name) > 1:
@@ -218,20 +277,68 @@ class Fleet(Section):
                 raise ValueError(msg)
         return self
 
+    def _escalation_mistake(self) -> str | None:
+        sections = ((name, section.escalate_on) for name, section in self.tiers.items())
+        return next(
+            (
+                f"tiers.{name}.escalate_on.function: must be module:function, or one of"
+                " [routing.checks]"
+                for name, checks in sections
+                if checks and checks.function and not self.routing.knows_check(checks.function)
+            ),
+            None,
+        )
+
     @property
     def tier_names(self) -> tuple[str, ...]:
         """The tiers that jobs may name."""
         return tuple(self.tiers) or DEFAULT_TIERS
+
+    def tier_chooser(self) -> TierChooser:
+        """What decides `tier="auto"` in this fleet."""
+        rules = [
+            tier_rule(name, self.tiers[name].conditions if name in self.tiers else None)
+            for name in self.tier_names
+        ]
+        return TierChooser(
+            rules,
+            fallback=self.default_tier,
+            section=self.routing,
+            triage_tier=self.triage_tier,
+        )
+
+    @property
+    def triage_model(self) -> str | None:
+        """The small model that says how hard a prompt is; None without models."""
+        first = next(iter(self.tiers.values()), None)
+        return self.routing.triage.model or (first.models[0] if first else None)
+
+    @property
+    def triage_tier(self) -> str | None:
+        """The tier whose workers ask the small model: the first that has it, else the first."""
+        model = self.triage_model
+        having = [name for name, section in self.tiers.items() if model in section.models]
+        return next(iter(having or self.tiers), None)
 
     def batch_options(self, tier: str) -> BatchOptions:
         """How this tier gathers."""
         section = self.tiers.get(tier)
         return _merged(self.batch, section.batch if section else None)
 
+    def compact_options(self, tier: str) -> CompactSection:
+        """Whether prompts of this tier are compacted."""
+        section = self.tiers.get(tier)
+        return _merged(self.compact, section.compact if section else None)
+
     def retry_options(self, tier: str) -> RetryOptions:
         """How this tier retries."""
         section = self.tiers.get(tier)
         return _merged(self.retry, section.retry if section else None)
+
+    def balancing_options(self, model: str) -> ModelBalancing:
+        """How this model's deployments share its jobs."""
+        found = self.models.get(model)
+        return _merged(self.balancing, found.balancing if found else None)
 
     def timeout_options(self, tier: str, deployment: Deployment) -> TimeoutOptions:
         """The timers of a call: each the deployment's, else the tier's, else the fleet's."""

@@ -57,6 +57,7 @@ class CacheMode(enum.StrEnum):
 
     USE = "use"
     REFRESH = "refresh"  # call the provider and store the new answer
+    ONLY = "only"  # fail with code `cache_miss` where the cache has no answer: no call
     OFF = "off"
 
 
@@ -67,6 +68,7 @@ class CacheStatus(enum.StrEnum):
     MISS = "miss"
     HIT = "hit"
     COALESCED = "coalesced"  # an equal job's call answered this one too
+    SEMANTIC = "semantic"  # the answer to a prompt that means the same
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,7 @@ class JobSpec:
         batch_id: The API's batch that the job is a line of.
         policy: Options that steer how the job is answered, by their names; JSON.
         concurrency_key: What the job shares a bound on running jobs with.
+        decision: What its submission decided, for its result: a key a feature.
     """
 
     id: uuid.UUID
@@ -111,6 +114,7 @@ class JobSpec:
     batch_id: uuid.UUID | None = None
     policy: dict[str, Any] | None = None
     concurrency_key: str | None = None
+    decision: dict[str, Any] | None = None
 
 
 NO_POLICY: Mapping[str, Any] = {}
@@ -130,6 +134,7 @@ class ClaimedJob(NamedTuple):
         remaining_s: Seconds from the claim to the deadline, by the database's clock.
         policy: Options that steer how the job is answered, by their names.
         decision: What earlier claims decided, a key a feature.
+        concurrency_key: What the job shares a bound on running jobs with.
     """
 
     id: uuid.UUID
@@ -153,6 +158,7 @@ class ClaimedJob(NamedTuple):
     crashes: int = 0
     policy: Mapping[str, Any] = NO_POLICY
     decision: Mapping[str, Any] = NO_POLICY
+    concurrency_key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,17 +191,48 @@ class JobError:
     status: int | None = None
 
 
+class TurnTaken(NamedTuple):
+    """What a job adds to its conversation, as JSON: its new messages and the answer's."""
+
+    memory_id: str
+    messages: bytes
+
+
+class LostCall(NamedTuple):
+    """A call that may have cost something and gave no answer; the ledger has a row of each.
+
+    Attributes:
+        usage: Its tokens: the provider's own count, or what came of the answer by our estimate.
+        cost_usd: The price of the provider's count; None where it gave none.
+        estimated_usd: The price by our estimate, where a part of the answer came without a count.
+        at_most_usd: What it may have cost at most, where nobody knows what the provider did.
+        calls: 0 for a job whose request was counted on another job's.
+    """
+
+    model: str
+    provider: str
+    deployment: str
+    usage: Usage
+    cost_usd: Decimal | None = None
+    estimated_usd: Decimal | None = None
+    at_most_usd: Decimal | None = None
+    calls: int = 1
+    unknown_calls: int = 0
+
+
 class Outcome(NamedTuple):
     """How a claimed job ended: what `finish` writes in one transaction.
 
     Attributes:
         response: The provider's whole response, as the JSON it sent.
         calls: Provider calls made under this claim, each of them in the ledger.
-        cost_usd: The price of those calls; None where no price is known.
+        cost_usd: The price of the call that answered; None where no price is known.
         provider_ms: Milliseconds from sending the request to the end of its response.
         unknown_calls: Calls whose outcome (and bill) is not known, e.g. after a time-out.
         decision: Why it went this way, a key a feature; never a prompt or an output.
         saved_usd: US dollars that this answer would have cost without what saved them.
+        turn: What its conversation is to remember of it, where it has one.
+        lost: Those of the calls that cost something, or may have, and gave no answer.
     """
 
     job_id: uuid.UUID
@@ -219,6 +256,8 @@ class Outcome(NamedTuple):
     provider_ms: float | None = None
     decision: Mapping[str, Any] | None = None
     saved_usd: Decimal | None = None
+    turn: TurnTaken | None = None
+    lost: tuple[LostCall, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +272,7 @@ class Release:
         model: Who was paid for the calls of this claim, where that is known.
         usage: Tokens of those calls, for the ledger.
         cost_usd: The price of those calls; None where no price is known.
+        lost: As of `Outcome`.
     """
 
     job_id: uuid.UUID
@@ -249,6 +289,7 @@ class Release:
     deployment: str | None = None
     usage: Usage = NO_USAGE
     cost_usd: Decimal | None = None
+    lost: tuple[LostCall, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,12 +299,16 @@ class Doorbell:
     Attributes:
         returned: True for one that had come to the front of its queue already, where no worker had
             room for it: it goes before all others of its priority.
+        tenant: Whose job it is: tenants take turns.
+        concurrency_key: What the job shares a bound on running jobs with.
     """
 
     job_id: uuid.UUID
     tier: str
     priority: int = DEFAULT_PRIORITY
     returned: bool = False
+    tenant: str = DEFAULT_TENANT
+    concurrency_key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,7 +319,8 @@ class Result:
         text: The answer, or None for a job without one. A NUL, which Postgres' text can't hold,
             is shown as U+FFFD here and kept as it came in `response`.
         response: The provider's whole response, decoded.
-        cost_usd: US dollars for all calls of the final attempt; None where no price is known.
+        cost_usd: US dollars for the call that answered; None where no price is known. What other
+            calls cost is in the ledger.
         batch_id: Of the worker's batch that it was claimed in.
         queued_ms: Milliseconds the job waited for its (last) claim.
         total_ms: Milliseconds from its acceptance to its end.
@@ -314,3 +360,39 @@ class Result:
     def succeeded(self) -> bool:
         """True if the provider (or the cache) answered in full."""
         return self.state is JobState.SUCCEEDED
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ConversationTurn:
+    """What one job added to a conversation.
+
+    Attributes:
+        messages: The job's new messages without system messages, then the answer's.
+    """
+
+    number: int
+    job_id: uuid.UUID
+    messages: list[dict[str, Any]]
+    created_at: dt.datetime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """All that is remembered under one `memory_id`.
+
+    Attributes:
+        turns: In order, the oldest first.
+        summary: Of older turns; None where none was made. The turns are kept beside it.
+        updated_at: When the last turn was added.
+    """
+
+    memory_id: str
+    turns: list[ConversationTurn]
+    summary: str | None
+    created_at: dt.datetime
+    updated_at: dt.datetime
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The messages of all turns, in order."""
+        return [message for turn in self.turns for message in turn.messages]

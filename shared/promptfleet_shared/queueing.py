@@ -11,7 +11,7 @@ import time
 import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # The first doorbell may be rung at exit, when this can no longer be imported.
@@ -42,6 +42,11 @@ BUSY_IDS = 20
 BUSY_WINDOWS = 5
 PRIORITY_STEPS = tuple(range(8))
 """Redis has a list for each; 0 is consumed first. Neighbouring priorities share one."""
+INTERACTIVE_STEPS = 2
+"""The first of them, which only jobs of the interactive reserve use where there is one."""
+PARKING_KEY = "promptfleet:fair"
+"""What the keys of parked doorbells begin with; see parking.lua."""
+PARKED_KEY = PARKING_KEY + ":%s:parked"
 
 log = logging.getLogger(__name__)
 
@@ -124,17 +129,45 @@ def publish(app: Celery, doorbells: Iterable[Doorbell]) -> int:
     with asking_broker(app), app.producer_or_acquire() as producer:
         for (tier, step), ids in _grouped(doorbells).items():
             for start in range(0, len(ids), MAX_IDS):
-                app.send_task(
-                    RUN_PROMPTS,
-                    args=[ids[start : start + MAX_IDS]],
-                    queue=queue_name(tier),
-                    priority=step,
-                    producer=producer,
-                    retry=False,
-                    ignore_result=True,
-                )
+                some = ids[start : start + MAX_IDS]
+                _send(app, [some], queue=queue_name(tier), step=step, producer=producer)
                 messages += 1
     return messages
+
+
+def send_doorbell(
+    app: Celery,
+    ids: Sequence[str],
+    *,
+    tier: str,
+    priority: int,
+    why: Mapping[str, object] | None,
+    producer: Any,
+) -> None:
+    """Send one message whose turn has come.
+
+    Args:
+        app: From `make_celery`.
+        ids: Of jobs, `MAX_IDS` at most.
+        tier: Theirs.
+        priority: The message's, not the jobs'.
+        why: What the jobs waited for, to be seen on their results; small.
+        producer: Kombu's, in use.
+    """
+    args: list[object] = [list(ids)] if why is None else [list(ids), why]
+    _send(app, args, queue=queue_name(tier), step=redis_step(priority), producer=producer)
+
+
+def _send(app: Celery, args: Sequence[object], *, queue: str, step: int, producer: Any) -> None:
+    app.send_task(
+        RUN_PROMPTS,
+        args=list(args),
+        queue=queue,
+        priority=step,
+        producer=producer,
+        retry=False,
+        ignore_result=True,
+    )
 
 
 def _grouped(doorbells: Iterable[Doorbell]) -> dict[tuple[str, int], list[str]]:
@@ -146,7 +179,7 @@ def _grouped(doorbells: Iterable[Doorbell]) -> dict[tuple[str, int], list[str]]:
 
 
 def queue_depths(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
-    """How many messages wait in each tier's queue.
+    """How many messages wait in each tier's queue, and jobs that are parked behind it.
 
     Raises:
         BrokerUnavailableError: The broker can't be reached.
@@ -154,10 +187,30 @@ def queue_depths(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
     depths = {}
     with asking_broker(app), app.connection_or_acquire() as connection:
         channel = connection.default_channel
-        for tier in tiers:
+        names = tuple(tiers)
+        parked = _parked(channel, names)
+        for tier in names:
             declared = channel.queue_declare(queue=queue_name(tier), passive=False)
-            depths[tier] = int(declared.message_count)
+            depths[tier] = int(declared.message_count) + parked.get(tier, 0)
     return depths
+
+
+def parked_jobs(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
+    """How many jobs of each tier wait for their tenant's turn.
+
+    Raises:
+        BrokerUnavailableError: The broker can't be reached.
+    """
+    with asking_broker(app), app.connection_or_acquire() as connection:
+        return _parked(connection.default_channel, tuple(tiers))
+
+
+def _parked(channel: Any, tiers: Sequence[str]) -> dict[str, int]:
+    if not tiers or not hasattr(channel, "conn_or_acquire"):  # not Redis: nothing is parked
+        return {}
+    with channel.conn_or_acquire() as client:
+        counts = client.mget([PARKED_KEY % queue_name(tier) for tier in tiers])
+    return {tier: int(count or 0) for tier, count in zip(tiers, counts, strict=True)}
 
 
 def eviction_policy(app: Celery) -> str | None:
@@ -207,15 +260,23 @@ class Ringer:
     of its own) and flushed at exit.
     """
 
-    def __init__(self, app: Celery, *, window_s: float = 0.01) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        *,
+        window_s: float = 0.01,
+        deliver: Callable[[Celery, Sequence[Doorbell]], object] = publish,
+    ) -> None:
         """Start nothing yet; the thread comes with the first doorbell.
 
         Args:
             app: From `make_celery`.
             window_s: Seconds between two messages, at least: the first doorbell after a quiet time
                 is rung at once, those that follow it together.
+            deliver: What becomes of the doorbells: they are sent, or wait for their turn.
         """
         self._app = app
+        self._deliver = deliver
         self._window_s = window_s
         self._start_empty()
         _ringers.add(self)
@@ -299,7 +360,7 @@ class Ringer:
                 busy = len(batch) >= min(full, MAX_IDS)
             try:
                 with self._publishing:
-                    publish(self._app, batch)
+                    self._deliver(self._app, batch)
             except Exception as error:  # noqa: BLE001  # the thread must outlive any doorbell
                 facts = {"jobs": len(batch), "error": type(error).__name__}
                 log.warning("doorbell_dropped", extra=facts)

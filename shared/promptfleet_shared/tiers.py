@@ -6,6 +6,8 @@ import re
 
 DEFAULT_TIERS = ("basic", "standard", "advanced")
 QUEUE_PREFIX = "prompts."
+AUTO_TIER = "auto"
+"""The tier that stands for the choice among all others."""
 TIER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 

@@ -35,7 +35,7 @@ _VOCABULARIES = {
 # https://github.com/openai/openai-cookbook, "How to count tokens with tiktoken"
 _TOKENS_A_MESSAGE = 3
 _TOKENS_A_NAME = 1
-_TOKENS_OF_THE_ANSWERS_START = 3
+TOKENS_OF_THE_ANSWERS_START = 3
 # A picture of middling size in high and in low detail, by OpenAI's description of the gpt-4o models
 _TOKENS_A_PICTURE = {"low": 85}
 _TOKENS_A_LARGE_PICTURE = 765
@@ -81,14 +81,18 @@ class TokenCounter:
         Tool calls count as the JSON they are; a picture counts as a number of tokens that is
         typical for its detail.
         """
-        total = _TOKENS_OF_THE_ANSWERS_START
-        for message in messages:
-            total += _TOKENS_A_MESSAGE + self.count(str(message.get("role", "")), model)
-            total += self._count_content(message.get("content"), model)
-            if name := message.get("name"):
-                total += _TOKENS_A_NAME + self.count(str(name), model)
-            if calls := message.get("tool_calls"):
-                total += self.count(json.dumps(calls, ensure_ascii=False), model)
+        return TOKENS_OF_THE_ANSWERS_START + sum(
+            self.count_message(message, model) for message in messages
+        )
+
+    def count_message(self, message: Mapping[str, Any], model: str | None = None) -> int:
+        """Tokens of one message among others; see `count_messages`."""
+        total = _TOKENS_A_MESSAGE + self.count(str(message.get("role", "")), model)
+        total += self._count_content(message.get("content"), model)
+        if name := message.get("name"):
+            total += _TOKENS_A_NAME + self.count(str(name), model)
+        if calls := message.get("tool_calls"):
+            total += self.count(json.dumps(calls, ensure_ascii=False), model)
         return total
 
     def _count_content(self, content: object, model: str | None) -> int:
@@ -126,6 +130,19 @@ def encoding_name(model: str | None) -> str:
         return DEFAULT_ENCODING
     # The vocabularies of models before 2022 are not shipped; the oldest that is comes nearest.
     return name if name in _VOCABULARIES else "cl100k_base"
+
+
+def has_own_vocabulary(model: str | None) -> bool:
+    """True if a model's tokens are counted as it counts them, false if by another's vocabulary.
+
+    Example:
+        >>> has_own_vocabulary("gpt-4o"), has_own_vocabulary("claude-sonnet-4-5")
+        (True, False)
+    """
+    try:
+        return tiktoken.encoding_name_for_model(model or "") in _VOCABULARIES
+    except KeyError:
+        return False
 
 
 def _pieces(text: str) -> Iterator[str]:

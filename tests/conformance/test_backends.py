@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import orjson
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -21,15 +22,19 @@ from promptfleet_shared.errors import IdempotencyConflictError, InvalidRequestEr
 from promptfleet_shared.jobs import (
     CacheMode,
     CacheOptions,
+    ClaimedJob,
+    Conversation,
     Doorbell,
     JobError,
     JobSpec,
     JobState,
     Outcome,
+    TurnTaken,
     Usage,
 )
 from promptfleet_shared.settings import Settings
 from promptfleet_shared.store.claims import claim
+from promptfleet_shared.store.conversations import Ask, take_conversations
 from promptfleet_shared.store.finishing import finish
 
 
@@ -70,6 +75,12 @@ class Blocking:
     def token_source(self, job_id: uuid.UUID) -> AbstractContextManager[TokenSource]:
         raise NotImplementedError  # tokens have tests of their own
 
+    def conversation(self, memory_id: str) -> Conversation | None:
+        return self._runner.run(self._backend.conversation(memory_id))
+
+    def forget(self, memory_id: str) -> bool:
+        return self._runner.run(self._backend.forget(memory_id))
+
     def close(self) -> None:
         self._runner.run(self._backend.close())
 
@@ -103,9 +114,19 @@ def end_in(engine: sa.Engine) -> Callable[[Outcome], object]:
     def end(outcome: Outcome) -> object:
         with engine.begin() as connection:
             (job,) = claim(connection, [outcome.job_id], worker="test", lease_s=45)
-            return finish(connection, [outcome._replace(fence=job.fence)])
+            turn = take_turn(connection, job, outcome) if "memory_id" in job.policy else None
+            return finish(connection, [outcome._replace(fence=job.fence, turn=turn)])
 
     return end
+
+
+def take_turn(connection: sa.Connection, job: ClaimedJob, outcome: Outcome) -> TurnTaken:
+    memory_id = job.policy["memory_id"]
+    ask = Ask(job.id, job.fence, job.tenant, memory_id, 10**6)
+    assert take_conversations(connection, [ask])
+    said = [m for m in orjson.loads(job.request)["messages"] if m["role"] != "system"]
+    answer = {"role": "assistant", "content": outcome.text}
+    return TurnTaken(memory_id, orjson.dumps([*said, answer]))
 
 
 @pytest.fixture
@@ -375,3 +396,35 @@ def test_something_else_is_no_session(sync_subject: Subject) -> None:
     assert caught.value.field == "session"
     assert sync_subject.rung() == []
     assert sync_subject.backend.submit([spec]) == [spec.id]
+
+
+def test_a_conversation_remembers_its_turns_until_it_is_forgotten(subject: Subject) -> None:
+    assert subject.backend.conversation("chat") is None
+    assert not subject.backend.forget("chat")
+    specs = [subject.spec(text, system="Be brief.", memory_id="chat") for text in ("one", "two")]
+    subject.backend.submit([*specs, subject.spec("elsewhere", memory_id="other")])
+    for spec, text in zip(specs, ("1", "2"), strict=True):
+        subject.end(Outcome(job_id=spec.id, fence=0, state=JobState.SUCCEEDED, text=text))
+
+    found = subject.backend.conversation("chat")
+
+    assert found is not None
+    assert [turn.job_id for turn in found.turns] == [spec.id for spec in specs]
+    assert found.messages == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "2"},
+    ]
+    assert (found.memory_id, found.summary) == ("chat", None)
+    assert found.created_at <= found.turns[0].created_at <= found.updated_at
+    assert subject.backend.forget("chat")
+    assert subject.backend.conversation("chat") is None
+
+
+def test_a_turn_without_an_answer_is_not_remembered(subject: Subject) -> None:
+    spec = subject.spec("one", memory_id="chat")
+    subject.backend.submit([spec])
+    subject.backend.cancel([spec.id])
+    found = subject.backend.conversation("chat")
+    assert found is None or found.turns == []

@@ -19,7 +19,6 @@ from promptfleet.cli.exits import ExitCode
 from promptfleet_shared.fleet import (
     BatchOptions,
     BreakerOptions,
-    CacheSection,
     Deployment,
     Fleet,
     Model,
@@ -28,6 +27,22 @@ from promptfleet_shared.fleet import (
     TimeoutOptions,
 )
 from promptfleet_shared.jobs import JobState
+from promptfleet_shared.policies.balancing import BalancingSection, BalancingWeights
+from promptfleet_shared.policies.budgets import Budget
+from promptfleet_shared.policies.caching import CacheSection, SemanticSection
+from promptfleet_shared.policies.compact import CompactSection
+from promptfleet_shared.policies.context import ContextSection
+from promptfleet_shared.policies.conversations import MemorySection
+from promptfleet_shared.policies.fairness import FairnessSection
+from promptfleet_shared.policies.limits import LimitsSection
+from promptfleet_shared.policies.provider_batches import BatchServiceSection
+from promptfleet_shared.policies.routing import (
+    Conditions,
+    EscalateOn,
+    RoutingSection,
+    ShadowSection,
+    TriageSection,
+)
 from promptfleet_shared.settings import Settings
 from promptfleet_shared.store.tables import results
 
@@ -38,8 +53,23 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "retry.": RetryOptions,
     "timeouts.": TimeoutOptions,
     "cache.": CacheSection,
+    "cache.semantic.": SemanticSection,
     "breaker.": BreakerOptions,
+    "batch_service.": BatchServiceSection,
+    "fairness.": FairnessSection,
+    "limits.": LimitsSection,
+    "budgets.": Budget,
+    "compact.": CompactSection,
+    "context.": ContextSection,
+    "memory.": MemorySection,
+    "balancing.": BalancingSection,
+    "balancing.weights.": BalancingWeights,
     "tiers.NAME.": TierSection,
+    "tiers.NAME.conditions.": Conditions,
+    "tiers.NAME.escalate_on.": EscalateOn,
+    "routing.": RoutingSection,
+    "routing.triage.": TriageSection,
+    "routing.shadow.": ShadowSection,
     "models.NAME.": Model,
     "models.NAME.deployments.": Deployment,
 }
@@ -52,7 +82,7 @@ def _options() -> dict[str, Any]:
     options = {}
     for prefix, section in SECTIONS.items():
         for name, field in section.model_fields.items():
-            nested = name in told_apart and prefix in {"", "models.NAME."}
+            nested = name in told_apart and (not prefix or name == "deployments")
             if not nested:
                 options[prefix + name] = field.get_default(call_default_factory=True)
     return options

@@ -18,7 +18,7 @@ import redis
 from sqlalchemy.exc import DBAPIError
 from tests.faults.world import World
 
-from promptfleet_workers.cache import KEY_PREFIX
+from promptfleet_workers.caching.keys import KEY_PREFIX
 
 LOOK_EVERY_S = 1.0
 _BASE64 = re.compile(rb'"body": ?"([A-Za-z0-9+/=]+)"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,8 @@ from tests.rows import claim_one, job_row, outcome
 from tests.waiting import eventually
 
 from promptfleet.dev_stack import EmbeddedValkey
+from promptfleet_shared.jobs import TurnTaken
+from promptfleet_shared.store.conversations import Ask, take_conversations
 from promptfleet_shared.store.finishing import finish
 from promptfleet_shared.store.tables import jobs
 
@@ -573,14 +576,22 @@ def test_scopes(server: ApiServer, engine: sa.Engine) -> None:
         for path in ("/v1/jobs", "/v1/results", f"/v1/jobs/{uuid.uuid4()}"):
             error_of(nobody.get(path), 401, "invalid_api_key")
         error_of(nobody.get("/v1/nothing"), 404, "unknown_path")
-        error_of(nobody.put("/v1/jobs"), 405, "method_not_allowed")
+        refused = nobody.put("/v1/jobs")
+        error_of(refused, 405, "method_not_allowed")
+        assert refused.headers["allow"] == "GET, POST"
 
 
 def test_health_metrics_and_documents(server: ApiServer, client: httpx.Client) -> None:
     with server.client() as nobody:
         assert nobody.get("/healthz").json() == {"status": "ok"}
         assert nobody.get("/readyz").json() == {"status": "ok"}
-        assert "swagger" in nobody.get("/docs").text.lower()
+        docs = nobody.get("/docs").text
+        assert "swagger" in docs.lower()
+        sources = re.findall(r'(?:src|href)="([^"]+)"', docs)
+        assert len(sources) >= 3
+        for source in sources:  # all from here: it can be read without internet
+            assert source.startswith("/")
+            assert nobody.get(source).status_code == 200
         assert nobody.get("/openapi.json").json()["info"]["title"] == "promptfleet"
         page = nobody.get("/metrics").text
     job_id = submit(client)
@@ -598,3 +609,37 @@ def test_ids_of_requests(client: httpx.Client) -> None:
     assert given.headers["x-request-id"] == "of-the-proxy.1"
     made = client.get("/healthz", headers={"x-request-id": "not fit"})
     assert made.headers["x-request-id"].startswith("req_")
+
+
+class TestConversations:
+    def remembered(self, client: httpx.Client, engine: sa.Engine) -> str:
+        """A conversation of one turn."""
+        memory_id = f"chat-{uuid.uuid4()}"
+        job = claim_one(engine, uuid.UUID(submit(client, memory_id=memory_id)))
+        turn = TurnTaken(memory_id, b'[{"role":"user","content":"Hello"}]')
+        with engine.begin() as connection:
+            ask = Ask(job.id, job.fence, job.tenant, memory_id, 10**6)
+            assert take_conversations(connection, [ask])
+            assert finish(connection, [outcome(job, turn=turn)])
+        return memory_id
+
+    def test_is_read_and_forgotten(self, client: httpx.Client, engine: sa.Engine) -> None:
+        path = f"/v1/conversations/{self.remembered(client, engine)}"
+
+        answer = client.get(path)
+
+        assert answer.status_code == 200
+        (turn,) = answer.json()["turns"]
+        assert turn["messages"] == [{"role": "user", "content": "Hello"}]
+        assert answer.json()["summary"] is None
+        assert client.delete(path).status_code == 204
+        error_of(client.get(path), 404, "not_found")
+        error_of(client.delete(path), 404, "not_found")
+
+    def test_is_its_tenants(
+        self, client: httpx.Client, stranger: httpx.Client, engine: sa.Engine
+    ) -> None:
+        path = f"/v1/conversations/{self.remembered(client, engine)}"
+        error_of(stranger.get(path), 404, "not_found")
+        error_of(stranger.delete(path), 404, "not_found")
+        assert client.get(path).status_code == 200

@@ -554,6 +554,29 @@ def test_a_response_is_cancelled(client: openai.OpenAI) -> None:
     assert client.responses.cancel(response.id).status == "cancelled"
 
 
+def test_a_response_is_deleted(client: openai.OpenAI, engine: sa.Engine) -> None:
+    text = f"[[sim:latency-ms=20000]] kept {uuid.uuid4()}"
+    response = client.responses.create(model="small", input=text, background=True)
+    with pytest.raises(openai.ConflictError):
+        client.responses.delete(response.id)
+    client.responses.cancel(response.id)
+    client.responses.delete(response.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(response.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.delete(response.id)
+    job_id = uuid.UUID(response.id.removeprefix("resp_"))
+    with engine.connect() as connection:
+        left = connection.execute(
+            sa.text(
+                "SELECT (SELECT count(*) FROM jobs WHERE id = :id)"
+                " + (SELECT count(*) FROM results WHERE job_id = :id)"
+            ),
+            {"id": job_id},
+        )
+        assert left.scalar_one() == 0
+
+
 def test_a_response_fails(client: openai.OpenAI) -> None:
     text = f"[[sim:status=400]] {uuid.uuid4()}"
     with pytest.raises(openai.BadRequestError):
@@ -608,7 +631,11 @@ def test_responses_of_others_do_not_exist(
     mine = client.responses.create(model="small", input=f"Mine {uuid.uuid4()}")
     other = new_tenant(engine)
     theirs = openai.OpenAI(base_url=f"{server.url}/v1", api_key=other.key)
-    for verb in (theirs.responses.retrieve, theirs.responses.cancel):
+    for verb in (
+        theirs.responses.retrieve,
+        theirs.responses.cancel,
+        theirs.responses.delete,
+    ):
         for id_ in (mine.id, f"resp_{uuid.uuid4().hex}", "resp_x", "x"):
             with pytest.raises(openai.NotFoundError) as raised:
                 verb(id_)

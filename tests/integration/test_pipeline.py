@@ -11,7 +11,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 import pytest
@@ -25,7 +25,8 @@ from promptfleet_shared.store.database import AsyncDatabase, Statement
 from promptfleet_shared.store.results import request_cancel
 from promptfleet_workers.batching import DoorbellWait, Slots
 from promptfleet_workers.breakers import Breakers
-from promptfleet_workers.cache import MemoryCache
+from promptfleet_workers.caching.memory import MemoryCache
+from promptfleet_workers.caching.parts import Caching
 from promptfleet_workers.calling import Caller
 from promptfleet_workers.claims import Abort, Claims
 from promptfleet_workers.endings import Endings
@@ -131,21 +132,36 @@ class HeldBack(AsyncDatabase):
 class Rig:
     """A worker's parts without Celery, heartbeat and sweeper."""
 
-    def __init__(self, url: str, rows: sa.Engine, *, calls: int, batches: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        rows: sa.Engine,
+        *,
+        calls: int,
+        batches: int,
+        more: str = "",
+        make_caching: Callable[[Rig], Caching] | None = None,
+    ) -> None:
+        """`more` goes into fleet.toml; without `make_caching` nothing is ever in the cache."""
         self.rows = rows
-        self.fleet: Fleet = parse_fleet(FLEET.format(batches=batches))
+        self.fleet: Fleet = parse_fleet(FLEET.format(batches=batches) + more)
         self.database = HeldBack(url)
-        self.providers = {"first": Provider(), "second": Provider()}
+        deployments = [d for model in self.fleet.models.values() for d in model.deployments]
+        self.providers = {deployment.name: Provider() for deployment in deployments}
         self.provider = self.providers["first"]
         self.slots, self.claims = Slots(calls), Claims()
         self.streams = TokenStreams("redis://127.0.0.1:1")  # no job here streams
         self.rung: list[Doorbell] = []
         self.events: list[Event] = []
         self.woken = asyncio.Event()
+        self.breakers = Breakers.of(self.fleet, calls=calls, emit=self.events.append)
+        self.router = Router(self.fleet, self.providers)
+        self.caching = make_caching(self) if make_caching else None
         self.endings = Endings(
             database=self.database,
             fleet=self.fleet,
             cache=MemoryCache(),
+            filling=self.caching.filling if self.caching else None,
             pricer=Pricer(),
             claims=self.claims,
             slots=self.slots,
@@ -156,7 +172,6 @@ class Rig:
             wake_callbacks=self.woken.set,
             emit=self.events.append,
         )
-        self.breakers = Breakers.of(self.fleet, calls=calls, emit=self.events.append)
         self.caller = Caller(
             database=self.database,
             fleet=self.fleet,
@@ -169,8 +184,9 @@ class Rig:
         self.pipeline = Pipeline(
             database=self.database,
             fleet=self.fleet,
-            router=Router(self.fleet, self.providers),
+            router=self.router,
             cache=MemoryCache(),
+            caching=self.caching,
             claims=self.claims,
             endings=self.endings,
             caller=self.caller,
@@ -215,8 +231,8 @@ def close_window(rig: Rig) -> None:
 async def make_rig(database_url: str, database: sa.Engine) -> AsyncIterator[Callable[..., Rig]]:
     rigs: list[Rig] = []
 
-    def make(*, calls: int = 8, batches: int = 8) -> Rig:
-        rigs.append(Rig(database_url, database, calls=calls, batches=batches))
+    def make(*, calls: int = 8, batches: int = 8, **more: Any) -> Rig:
+        rigs.append(Rig(database_url, database, calls=calls, batches=batches, **more))
         return rigs[-1]
 
     yield make
@@ -224,6 +240,8 @@ async def make_rig(database_url: str, database: sa.Engine) -> AsyncIterator[Call
         rig.database.may_return.set()
         async with asyncio.timeout(DEADLINE_S):
             await rig.pipeline.drain(0.0)
+        if rig.caching is not None:
+            await rig.caching.aclose()
         await rig.database.close()
 
 
@@ -262,7 +280,7 @@ async def test_a_batch_whose_steps_crash_is_given_back(make_rig: MakeRig) -> Non
     async def crash(keys: Sequence[str]) -> list[bytes | None]:
         raise ZeroDivisionError
 
-    rig.pipeline._cache.get_many = crash  # type: ignore[method-assign]
+    rig.pipeline._look_up._cache.get_many = crash  # type: ignore[method-assign]
     job = spec()
     insert(rig.rows, job)
     await rig.settled(rig.take(job.id))

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, object] = {
     "tpm": 0,
     "max_concurrent": 0,
     "limit_window_s": 60,
+    "limit_kind": "window",
     "api_key": None,
     "models": [],
     "reset": True,
@@ -467,6 +468,18 @@ class TestRateLimits:
         # one window are a breach.
         for (sent, _), (_, answered) in zip(admitted, admitted[10:], strict=False):
             assert answered - sent >= 0.3
+
+    def test_a_bucket_is_full_at_the_start_and_filled_all_the_time(
+        self, client: httpx.Client
+    ) -> None:
+        control(client, rpm=20, limit_window_s=60, limit_kind="bucket")
+        codes = [chat(client, "hi").status_code for _ in range(40)]
+        assert codes[:20] == [200] * 20
+        assert 429 in codes
+        while (refused := chat(client, "hi")).status_code == 200:
+            pass
+        assert 0 < int(refused.headers["retry-after-ms"]) <= 3001  # a twentieth of the window
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
 
     def test_tpm(self, client: httpx.Client) -> None:
         control(client, tpm=40)

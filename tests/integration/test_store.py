@@ -805,12 +805,14 @@ class TestSweep:
         assert [row["state"] for row in result_rows(database, job.id)] == ["cancelled"]
         assert [row["event"] for row in callback_rows(database, job.id)] == ["prompt.cancelled"]
 
-    def test_a_submitted_job_is_left_alone_until_its_deadline(self, database: sa.Engine) -> None:
+    def test_a_submitted_job_is_left_alone_until_its_time(self, database: sa.Engine) -> None:
         job = spec()
         insert(database, job)
-        change(database, job.id, state="'submitted'", sweep_at=ago(1))
+        change(database, job.id, state="'submitted'", run_at=ago(-30), sweep_at=ago(1))
 
         assert sweep(database).verdicts == {"alive": 1}
+        row = job_row(database, job.id)
+        assert row["sweep_at"] == row["run_at"]  # when it is taken back
         change(database, job.id, deadline=ago(1), sweep_at=ago(1))
         assert sweep(database).verdicts == {"expired": 1}
 

@@ -159,6 +159,13 @@ def row_of(table: str, tenant: str) -> dict[str, Any]:
         "expires_at": now,
         "custom_id": "line-1",
         "batch_id": uuid7(),
+        "memory_id": "chat-1",
+        "messages": [],
+        "bytes": 2,
+        "deployment": "main",
+        "kind": "chat",
+        "model": "gpt-4o-mini",
+        "fence": 1,
     }
     columns = metadata.tables[table].columns
     needed = [c.name for c in columns if not c.nullable and c.server_default is None]
@@ -199,6 +206,16 @@ class TestWall:
         for tenant, seen in ((OURS, [OURS]), (THEIRS, [THEIRS]), (NO_TENANT, []), (None, [])):
             with site.as_api(tenant) as connection:
                 assert tenants_in(connection, table) == seen
+
+    def test_nobody_else_calls_what_acts_as_the_owner(self, site: Site) -> None:
+        query = sa.text("""
+            SELECT proname, has_function_privilege('public', oid, 'EXECUTE'),
+                   has_function_privilege('promptfleet_api', oid, 'EXECUTE')
+              FROM pg_proc WHERE prosecdef AND pronamespace = current_schema()::regnamespace""")
+        with site.as_api(OURS) as connection:
+            rights = {name: rest for name, *rest in connection.execute(query)}
+        assert set(rights) >= {"promptfleet_backlog", "promptfleet_claim_batches"}
+        assert all(rest == [False, True] for rest in rights.values())
 
     @pytest.mark.parametrize("table", WALLED_TABLES)
     def test_the_api_writes_for_its_tenant_alone(self, site: Site, table: str) -> None:

@@ -49,6 +49,11 @@ models = ["many"]
 batch = {{ batch_window_ms = 100 }}
 [tiers.streams]
 models = ["streamed"]
+[batch_service]
+gather_s = 0.1
+poll_s = 0.1
+[tiers.batched]
+models = ["batched"]
 [tiers.hasty]
 models = ["main"]
 timeouts = {{ timeout_ms = 250 }}
@@ -59,6 +64,9 @@ batch = {{ max_concurrent_calls = {narrow} }}
 [models.main]
 price_as = "openai/gpt-4o-mini"
 deployments = [{{ base_url = "{url}" }}]
+[models.batched]
+price_as = "openai/gpt-4o-mini"
+deployments = [{{ base_url = "{url}", batch_api = true }}]
 [models.streamed]
 deployments = [{{ base_url = "{url}", stream = true }}]
 [models.broken]
@@ -67,7 +75,7 @@ deployments = [{{ base_url = "http://127.0.0.1:{closed}/v1" }}]
 price_as = "free"
 deployments = [{{ base_url = "{url}", prompts_per_request = 8 }}]
 """
-SHARED_TIERS = ("basic", "spare", "lists", "streams", "hasty")
+SHARED_TIERS = ("basic", "spare", "lists", "streams", "hasty", "batched")
 _numbers = itertools.count(1)
 
 
@@ -290,6 +298,19 @@ class TestAnswers:
         assert {len(vector) for vector in vectors} == {len(vectors[0])}
         assert vectors[0] != vectors[1]
         assert [result.text for result in results] == [None] * 3
+
+    def test_by_the_providers_batch_api(self, site: Site) -> None:
+        later = {"service": "batch"}
+        results = site.run(
+            *[
+                spec(unique(f"{n}"), tier="batched", policy=later, deadline_s=7200.0)
+                for n in range(20)
+            ]
+        )
+
+        assert {result.state for result in results} == {JobState.SUCCEEDED}
+        assert all((r.decision or {})["service"]["way"] == "batch" for r in results)
+        assert all(r.cost_usd == r.saved_usd for r in results)
 
     def test_a_text_that_postgres_can_not_hold(self, site: Site) -> None:
         (result,) = site.run(spec(unique(b"[[sim:text=a\\u0000b]]".decode("unicode_escape"))))

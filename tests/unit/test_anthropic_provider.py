@@ -28,7 +28,9 @@ class Replies:
         self.status = status
         self.sent: list[httpx.Request] = []
 
-    async def post(self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions) -> HttpResponse:
+    async def post(
+        self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions, *, on_headers: object
+    ) -> HttpResponse:
         self.sent.append(endpoint.request(body, {}))
         return HttpResponse(self.status, httpx.Headers({"retry-after": "2"}), self.body)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 
 import orjson
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from promptfleet_shared.jobs import JobKind, Usage
-from promptfleet_workers.cache import cache_key, decode_completion, encode_completion
+from promptfleet_workers.caching.keys import cache_key
+from promptfleet_workers.caching.values import decode_completion, encode_completion
 from promptfleet_workers.providers.protocol import Completion
 
 counts = st.integers(0, 2**31 - 1)
@@ -36,7 +39,7 @@ ANSWER = Completion(
 
 @given(completions)
 def test_a_completion_comes_back_as_it_was(completion: Completion) -> None:
-    assert decode_completion(encode_completion(completion)) == completion
+    assert decode_completion(encode_completion(completion, stored_at=7)) == (completion, 7)
 
 
 def test_a_long_answer_takes_less_room_than_itself() -> None:
@@ -46,7 +49,16 @@ def test_a_long_answer_takes_less_room_than_itself() -> None:
     value = encode_completion(completion)
 
     assert len(value) < len(text) / 10
-    assert decode_completion(value) == completion
+    assert decode_completion(value) == (completion, None)
+    assert len(encode_completion(completion, compress=False)) > len(text)
+
+
+def test_a_value_of_an_earlier_release_does_not_tell_its_age() -> None:
+    facts = orjson.dumps(("Four.", "stop", "m", 1, 2, 3, 4))
+    body = facts + ANSWER.response
+    value = struct.pack(">BBII", 1, 0, len(facts), zlib.crc32(body, len(facts))) + body
+
+    assert decode_completion(value) == (ANSWER, None)
 
 
 @given(completions, st.data())

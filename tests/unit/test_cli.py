@@ -65,6 +65,28 @@ def test_enqueue_reads_stdin_and_waits(fleet: FakeFleet) -> None:
     assert ended.stderr == ""
 
 
+def test_enqueue_prints_the_answer_as_it_comes(fleet: FakeFleet) -> None:
+    ended = run("enqueue", "Hello", "--stream")
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (0, "You said: Hello\n", "")
+    assert fleet.enqueued[0].stream
+
+
+def test_a_stream_that_fails_says_why() -> None:
+    def fails(_: object) -> str:
+        raise ProviderError("no such thing", code="bad_request", status=400)
+
+    with fake_fleet(fails, tiers=DEFAULT_TIERS):
+        ended = run("enqueue", "Hello", "--stream")
+    assert (ended.exit_code, ended.stdout) == (3, "")
+    assert "bad_request: no such thing" in ended.stderr
+
+
+def test_a_stream_is_no_json(fleet: FakeFleet) -> None:
+    ended = run("enqueue", "Hello", "--stream", "--json")
+    assert ended.exit_code == 2
+    assert fleet.enqueued == []
+
+
 def test_the_cache_is_switched_off(fleet: FakeFleet) -> None:
     run("enqueue", "x", "--no-cache")
     cache = fleet.enqueued[0].cache

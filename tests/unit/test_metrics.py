@@ -12,6 +12,7 @@ from promptfleet_workers.metrics import MAX_CODES, PrometheusHook
 from promptfleet_workers.telemetry import (
     BatchClaimed,
     BreakerChanged,
+    CacheUsed,
     CallbacksDelivered,
     JobsFinished,
     JobsReleased,
@@ -113,6 +114,18 @@ def test_callbacks(hook: PrometheusHook) -> None:
     assert value(hook, "callback_attempts_total", outcome="delivered") == 3
     assert value(hook, "callback_attempts_total", outcome="failed") == 1
     assert value(hook, "fenced_writes_total", write="callback") == 2
+
+
+def test_the_cache(hook: PrometheusHook) -> None:
+    hook(CacheUsed(tier="basic", answers={"miss": 2, "hit": 3}, saved_usd=0.5))
+    hook(CacheUsed(tier="basic", answers={"coalesced": 1, "hit": 1}, saved_usd=0.25))
+    hook(CacheUsed(tier="advanced", answers={"miss": 1}, saved_usd=0.0))
+
+    assert value(hook, "cache_answers_total", tier="basic", answer="hit") == 4
+    assert value(hook, "cache_answers_total", tier="basic", answer="miss") == 2
+    assert value(hook, "cache_answers_total", tier="basic", answer="coalesced") == 1
+    assert value(hook, "cache_saved_usd_total", tier="basic") == 0.75
+    assert value(hook, "cache_saved_usd_total", tier="advanced") is None
 
 
 def test_a_workers_own_numbers_are_read_anew(hook: PrometheusHook) -> None:

@@ -28,7 +28,9 @@ class Replies:
         self.headers = httpx.Headers(headers or {})
         self.sent: list[tuple[httpx.Request, bytes, TimeoutOptions]] = []
 
-    async def post(self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions) -> HttpResponse:
+    async def post(
+        self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions, *, on_headers: object
+    ) -> HttpResponse:
         self.sent.append((endpoint.request(body, {}), body, timeouts))
         return HttpResponse(self.status, self.headers, self.body)
 

@@ -12,9 +12,9 @@ from genai_prices import data_snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 
+from promptfleet_shared import pricing
 from promptfleet_shared.jobs import Usage
-from promptfleet_workers import pricing
-from promptfleet_workers.pricing import Pricer
+from promptfleet_shared.pricing import Pricer
 
 USAGE = Usage(input=1_000, cached=100, output=10)
 AT = dt.datetime(2026, 3, 1, 12, tzinfo=dt.UTC)

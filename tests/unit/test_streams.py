@@ -41,7 +41,12 @@ class Stream:
         self.sent: dict[str, Any] = {}
 
     async def post(
-        self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions, take: Take | None = None
+        self,
+        endpoint: Endpoint,
+        body: bytes,
+        timeouts: TimeoutOptions,
+        take: Take | None = None,
+        on_headers: object = None,
     ) -> HttpResponse:
         self.sent = json.loads(body)
         if self.plain is not None or take is None:

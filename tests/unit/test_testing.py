@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import doctest
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -31,8 +33,10 @@ from promptfleet import (
     Usage,
     WaitTimeoutError,
     cancel,
+    delete_conversation,
     enqueue_prompt,
     enqueue_prompts,
+    get_conversation,
     get_result,
     wait_for_result,
 )
@@ -289,3 +293,42 @@ def test_examples_do_what_they_say(module: object) -> None:
     results = doctest.testmod(module)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     assert results.attempted > 0
     assert results.failed == 0
+
+
+async def test_conversations_are_remembered() -> None:
+    with fake_fleet(lambda prompt: prompt.text.upper()):
+        enqueue_prompt("hello", memory_id="user-7")
+        async with AsyncClient() as client:
+            await client.enqueue_prompt("and now?", memory_id="user-7")
+            found = await client.get_conversation("user-7")
+            assert found == get_conversation("user-7")
+            assert found is not None
+            said = [message["content"] for message in found.messages]
+            assert said == ["hello", "HELLO", "and now?", "AND NOW?"]
+            assert await client.delete_conversation("user-7")
+        assert get_conversation("user-7") is None
+        assert not delete_conversation("user-7")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"memory_id": ""}, "memory_id"),
+        ({"memory_id": 7}, "memory_id"),
+        ({"memory": {"max_tokens": 5}}, "memory"),
+        ({"memory_id": "a", "memory": {"max_tokens": 0}}, "memory.max_tokens"),
+        ({"memory_id": "a", "memory": {"strategy": "all"}}, "memory.strategy"),
+        ({"memory_id": "a", "memory": {"secret": 1}}, "memory"),
+        ({"memory_id": "a", "kind": "embedding"}, "memory_id"),
+        ({"memory_id": "a", "service": "batch"}, "memory_id"),
+        ({"context": "shorten"}, "context"),
+        ({"context": {"policy": "shorten"}}, "context.policy"),
+        ({"context": {"relevance": "magic"}}, "context.relevance"),
+        ({"context": ["truncate"]}, "context"),
+    ],
+)
+def test_what_context_and_memory_may_not_be(options: dict[str, Any], field: str) -> None:
+    with fake_fleet(), pytest.raises(InvalidRequestError, match=re.escape(field)) as caught:
+        enqueue_prompt("hello", **options)
+    assert caught.value.field == field
+    assert "secret" not in caught.value.message

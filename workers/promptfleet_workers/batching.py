@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from promptfleet_shared.fleet import BatchOptions
@@ -22,10 +22,11 @@ PACE_S = 0.25
 class DoorbellWait:
     """What a Celery task waits for: that every id of its message is settled."""
 
-    __slots__ = ("_remaining", "done")
+    __slots__ = ("_remaining", "done", "why")
 
-    def __init__(self, ids: int) -> None:
-        """Wait for so many ids."""
+    def __init__(self, ids: int, why: Mapping[str, object] | None = None) -> None:
+        """Wait for so many ids; `why` is what they have waited for, if for anybody else."""
+        self.why = why
         self.done: Future[None] = Future()
         self._remaining = ids
         if not ids:
@@ -99,12 +100,25 @@ class Slots:
     bridge the time from a call's end to the next one's claim. A job that has ended gives its slot
     back before it is written; but while the database lags behind by as many jobs again, no more
     are taken.
+
+    Some of the calls may be kept free for interactive jobs: nobody else takes those slots, and who
+    has one takes none of the others.
     """
 
-    def __init__(self, calls: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """For a worker that may have `calls` provider calls in flight; `clock` in seconds."""
-        self._calls = calls
+    def __init__(
+        self, calls: int, *, reserve: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """For a worker that may have `calls` provider calls in flight; `clock` in seconds.
+
+        Args:
+            calls: At least 1.
+            reserve: How many of them are for interactive jobs only; less than all.
+            clock: In seconds.
+        """
+        self._calls = calls - reserve
         self._clock = clock
+        self.reserve = reserve
+        self._reserved: set[uuid.UUID] = set()
         self._held = 0
         self._unwritten = 0
         self._shut = False
@@ -119,6 +133,12 @@ class Slots:
         self._measure()
         worth = max(1, min(self._ahead, MAX_IDS))
         return self.free >= worth and self._unwritten <= self._calls + MAX_IDS
+
+    @property
+    def wants_interactive(self) -> bool:
+        """True if an interactive job's doorbell is worth taking into the reserve."""
+        room = 0 if self._shut else self.reserve - len(self._reserved)
+        return room > 0 and self._unwritten <= self._calls + MAX_IDS
 
     @property
     def free(self) -> int:
@@ -137,16 +157,26 @@ class Slots:
             self._held += taken
         return taken
 
-    def give_back(self) -> None:
-        """One slot is free again."""
+    def take_reserved(self, ids: Sequence[uuid.UUID]) -> int:
+        """Take slots of the reserve for the first of these jobs; returns for how many."""
         with self._lock:
-            self._held -= 1
+            room = 0 if self._shut else max(0, self.reserve - len(self._reserved))
+            self._reserved.update(ids[:room])
+        return min(room, len(ids))
 
-    def ended(self) -> None:
+    def give_back(self, job_id: uuid.UUID | None = None) -> None:
+        """One slot is free again; one of the reserve, if that is where the job was."""
+        with self._lock:
+            if job_id in self._reserved:
+                self._reserved.discard(job_id)
+            else:
+                self._held -= 1
+
+    def ended(self, job_id: uuid.UUID | None = None) -> None:
         """A job's slot is free again, and its end is still to be written."""
         self._unwritten += 1
         self._ended += 1
-        self.give_back()
+        self.give_back(job_id)
 
     def written(self) -> None:
         """The end of a job is written."""

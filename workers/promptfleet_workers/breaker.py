@@ -433,6 +433,11 @@ class Breaker:
 
     # -- to see --------------------------------------------------------------------------------
 
+    @property
+    def open_for_s(self) -> float | None:
+        """Seconds until a probe may be made; None unless open."""
+        return max(0.0, self._open_until - self._clock()) if self._state == "open" else None
+
     def status(self) -> BreakerStatus:
         """How it stands."""
         now = self._clock()

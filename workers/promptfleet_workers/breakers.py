@@ -104,6 +104,11 @@ class Breakers:
             if (other == name or self._keys.get(other, other) == key) and breaker.stop(for_s):
                 self._emit(KeyStopped(deployment=other, for_s=for_s))
 
+    def open_for_s(self, name: str) -> float | None:
+        """Seconds until a deployment may be probed; None while calls go through."""
+        breaker = self._breakers[name]
+        return None if breaker.closed else breaker.open_for_s
+
     def snapshot(self) -> list[BreakerStatus]:
         """How all stand, for metrics."""
         return [breaker.status() for breaker in self._breakers.values()]

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import orjson
 
@@ -17,13 +17,18 @@ from promptfleet_shared.jobs import JobError, JobKind, JobState, OnUnknown
 from promptfleet_shared.store import claims as claims_store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.alarms import Alarms, this_task
+from promptfleet_workers.balancing.balancer import Balancer
 from promptfleet_workers.breaker import Refusal
 from promptfleet_workers.breakers import Breakers
+from promptfleet_workers.budgets import BudgetRefusal, Budgets, Reason
 from promptfleet_workers.claims import Abort, Claims
 from promptfleet_workers.endings import UNKNOWN_OUTCOME, Endings
-from promptfleet_workers.providers.protocol import Answer, Call, Completion
+from promptfleet_workers.providers.protocol import Answer, Call, Completion, Received
+from promptfleet_workers.rate_limits.quotas import Quotas
 from promptfleet_workers.retries import (
     KEY_STOP_S,
+    LIMIT_REACHED,
+    QUOTA_REACHED,
     Judgement,
     Verdict,
     classify,
@@ -41,14 +46,21 @@ CLEARANCE_PATIENCE_S = 30.0
 _TOO_LATE = JobError(code="expired", message="the deadline passed before the job succeeded")
 _TOO_MANY_CALLS = JobError(code="max_calls", message="the job has cost as many calls as it may")
 _ROOM_ENOUGH = contextlib.nullcontext()
+_LAST_TRY_S = 2.0
+_TOLD_EXACTLY = frozenset({LIMIT_REACHED, QUOTA_REACHED})
 _LIST_FIELD = {JobKind.COMPLETION: "prompt", JobKind.EMBEDDING: "input"}
 
 
-def plan_requests(works: Sequence[Work], options: BatchOptions) -> Iterator[list[Work]]:
+def plan_requests(
+    works: Sequence[Work],
+    options: BatchOptions,
+    apart: Callable[[Work], object] | None = None,
+) -> Iterator[list[Work]]:
     """Which works go into one request each.
 
     Prompts that begin alike come one after the other, so that the provider's prefix cache hits.
-    Many go into one request where the deployment takes a list and they differ in nothing else.
+    Many go into one request where the deployment takes a list and they differ in nothing else, nor
+    in what `apart` says of them.
     """
     ordered = sorted(works, key=lambda work: work.request)
     singles = [work for work in ordered if not _takes_list(work)]
@@ -56,7 +68,8 @@ def plan_requests(works: Sequence[Work], options: BatchOptions) -> Iterator[list
     shared: dict[tuple[object, ...], list[Work]] = {}
     for work in ordered:
         if _takes_list(work):
-            shared.setdefault(_likeness(work), []).append(work)
+            group = None if apart is None else apart(work)
+            shared.setdefault((group, *_likeness(work)), []).append(work)
     for alike in shared.values():
         yield from _packed(alike, options.max_batch_tokens)
 
@@ -101,6 +114,12 @@ def _not_called(refusal: Refusal) -> ProviderError:
     return ProviderError(message, code=refusal.code, retry_after_s=refusal.wait_s)
 
 
+def _has_sibling(route: Sequence[Candidate], candidate: Candidate) -> bool:
+    """True if the next one to ask is another deployment of the same model."""
+    place = route.index(candidate) + 1
+    return place < len(route) and route[place].model == candidate.model
+
+
 def _for_all(works: Sequence[Work], error: ProviderError) -> list[Answer]:
     return [error] * len(works)
 
@@ -118,8 +137,16 @@ class Caller:
         endings: Endings,
         streams: TokenStreams,
         calls: int,
+        balancer: Balancer | None = None,
+        quotas: Quotas | None = None,
+        budgets: Budgets | None = None,
     ) -> None:
         """Call nothing yet; `calls` is how many requests may be in flight."""
+        self.budgets = budgets
+        self._balancer = balancer
+        self._quotas = quotas
+        self._listeners = {} if quotas is None else quotas.listeners
+        self.apart = None if quotas is None else quotas.apart
         self._database = database
         self._breakers = breakers
         self._fleet = fleet
@@ -158,7 +185,41 @@ class Caller:
             await asyncio.wait(self._tasks)
 
     def _restart(self, work: Work) -> None:
-        self._keep(asyncio.create_task(self.start([work])))
+        if self._balancer is not None:
+            self._balancer.place([work])
+        again = self.start([work]) if self.budgets is None else self._start_if_afforded(work)
+        self._keep(asyncio.create_task(again))
+
+    async def afford(self, works: list[Work]) -> list[Work]:
+        """Reserve money for these jobs; those that get none leave, and are not returned."""
+        if self.budgets is None:
+            return works
+        refusals = await self.budgets.reserve(works)
+        for work in works if refusals else ():
+            if (refusal := refusals.get(work.job.id)) is not None:
+                self._refuse(work, refusal)
+        return [work for work in works if not work.ended]
+
+    async def _start_if_afforded(self, work: Work) -> None:
+        try:
+            works = await self.afford([work])
+        except (StoreRefusedError, StoreUnavailableError):
+            self.give_back_idle([work])
+            return
+        if works:
+            await self.start(works)
+
+    def _refuse(self, work: Work, refusal: BudgetRefusal) -> None:
+        """A budget has no money for the job: later it may."""
+        work.note("budget", name=refusal.budget, reason=refusal.reason.value)
+        wait_s = refusal.wait_s
+        if wait_s is None or (refusal.reason is Reason.SPENT and wait_s >= work.remaining_s):
+            message = f"the budget {refusal.budget!r} is spent until after the job's deadline"
+            self._endings.fail(work, JobError(code="budget_exceeded", message=message))
+        else:
+            message = f"the budget {refusal.budget!r} has no money for the job now"
+            error = JobError(code=f"budget_{refusal.reason.value}", message=message)
+            self._endings.give_back(work, wait_s, counts=False, error=error)
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
@@ -205,10 +266,15 @@ class Caller:
     async def _call(self, works: list[Work]) -> None:
         """Try the candidates in order until there is nothing left to try the next one for."""
         for candidate in works[0].route:
+            if works[0].place is not None and self._balancer is not None:
+                self._balancer.move(works, candidate)
             async with self._room_at(candidate):
-                if self._need_clearance(works):
-                    works = await self._cleared(works)
-                answers = await self._ask(candidate, works) if works else ()
+                if self._quotas is not None and self._quotas.concerns(candidate):
+                    works, answers = await self._ask_within_limits(self._quotas, candidate, works)
+                else:
+                    if self._need_clearance(works):
+                        works = await self._cleared(works)
+                    answers = await self._ask(candidate, works) if works else ()
             unanswered = []
             for work, answer in zip(works, answers, strict=True):
                 if isinstance(answer, Completion):
@@ -221,9 +287,30 @@ class Caller:
             if not works:
                 return
 
+    async def _ask_within_limits(
+        self, quotas: Quotas, candidate: Candidate, works: list[Work]
+    ) -> tuple[list[Work], Sequence[Answer]]:
+        """Wait for the call's turn, and settle what it took; those that are left, and answers."""
+        is_last = not _has_sibling(works[0].route, candidate)
+        hold = await quotas.reserve(candidate, works, is_last=is_last)
+        if isinstance(hold, ProviderError):
+            return works, _for_all(works, hold)
+        answers: Sequence[Answer] | None = ()
+        try:
+            if self._need_clearance(works):
+                works = await self._cleared(works)
+            if works:
+                answers = None  # nobody knows what an interrupted call took
+                answers = await self._ask(candidate, works)
+        finally:
+            quotas.settle(hold, candidate, works, answers)
+        return works, answers or ()
+
     def _may_ask_next(self, work: Work, error: ProviderError, candidate: Candidate) -> bool:
         if candidate is work.route[-1] or classify(error).verdict is not Verdict.NEXT:
             return False
+        if error.code == QUOTA_REACHED and not _has_sibling(work.route, candidate):
+            return False  # waiting for a turn is no reason for an answer of another model
         return work.remaining_s > 0 and not work.must_not_repeat and not self._is_spent(work)
 
     def _need_clearance(self, works: list[Work]) -> bool:
@@ -266,19 +353,26 @@ class Caller:
         started = time.perf_counter()
         try:
             limit_s = candidate.timeouts.timeout_ms / 1000
-            answers = await self._call_within(min(limit_s, left_s), candidate, works)
-            ok = self._take_note(candidate, works, answers)
+            received = Received() if candidate.deployment.stream or first.job.stream else None
+            answers = await self._call_within(min(limit_s, left_s), candidate, works, received)
+            ok = self._take_note(candidate, works, answers, received)
             if ok is False and left_s < limit_s and time.perf_counter() - started >= left_s:
                 ok = None  # it had less time than it may take: the job's deadline is not its fault
         finally:
             self._breakers.ended(permit, ok=ok)
         elapsed_ms = (time.perf_counter() - started) * 1000
+        if self._balancer is not None:
+            self._balancer.ended(candidate, elapsed_ms / 1000, answers)
         for work in works:
             work.provider_ms = elapsed_ms
         return answers
 
     def _take_note(
-        self, candidate: Candidate, works: list[Work], answers: Sequence[Answer]
+        self,
+        candidate: Candidate,
+        works: list[Work],
+        answers: Sequence[Answer],
+        received: Received | None,
     ) -> bool | None:
         """Count what the answers cost; returns what they say about the deployment's health."""
         health: bool | None = None
@@ -287,6 +381,8 @@ class Caller:
                 health = True
                 continue
             judgement = classify(answer)
+            if answer.unknown_outcome or answer.usage is not None:
+                self._endings.lose(work, candidate, answer, received, works)
             if answer.unknown_outcome:
                 work.unknown_calls += 1
             elif judgement.otherwise is Verdict.DEFER and work.calls:
@@ -298,7 +394,11 @@ class Caller:
         return health
 
     async def _call_within(
-        self, limit_s: float, candidate: Candidate, works: list[Work]
+        self,
+        limit_s: float,
+        candidate: Candidate,
+        works: list[Work],
+        received: Received | None,
     ) -> Sequence[Answer]:
         """The answers, or for each job the failure of the whole request."""
         on_text = self._streams.begin([work.job for work in works])
@@ -310,6 +410,8 @@ class Caller:
             timeouts=candidate.timeouts,
             stream=candidate.deployment.stream or on_text is not None,
             on_text=on_text,
+            received=received,
+            on_headers=self._listeners.get(candidate.deployment.name),
         )
         loop = self._alarms.loop
         task = this_task(loop)
@@ -320,6 +422,7 @@ class Caller:
             if not self._alarms.went_off(task):
                 for work in works:
                     work.unknown_calls += 1
+                    self._endings.lose(work, candidate, None, received, works)
                 raise
             late = ProviderError("the call took too long", code="timeout", unknown_outcome=True)
             return _for_all(works, late)
@@ -346,6 +449,10 @@ class Caller:
         options = self._fleet.retry_options(work.job.tier)
         spent = work.job.attempt > options.retry_attempts or work.all_calls >= options.max_calls
         wait_s = delay_s(options, _tries(work, judgement), judgement.retry_after_s, random.random)
+        if error.code in _TOLD_EXACTLY and error.retry_after_s is not None:
+            wait_s = error.retry_after_s  # its own place in line: nobody else was told the same
+            if wait_s >= work.remaining_s > _LAST_TRY_S:
+                wait_s = work.remaining_s * 0.8  # the line may be faster than it is expected to be
         if work.must_not_repeat:
             self._endings.fail(work, UNKNOWN_OUTCOME, candidate=candidate)
         elif verdict is Verdict.FINAL:

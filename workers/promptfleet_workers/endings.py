@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
+from typing import Protocol
 
+from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Fleet
 from promptfleet_shared.jobs import (
     NO_USAGE,
+    CacheMode,
     CacheStatus,
     Doorbell,
     JobError,
@@ -18,17 +22,25 @@ from promptfleet_shared.jobs import (
     Release,
     Usage,
 )
-from promptfleet_shared.store.claims import storable_text
+from promptfleet_shared.policies.routing import Complexity
+from promptfleet_shared.policies.tier_choice import DECISION
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.batching import Slots, Ticket
-from promptfleet_workers.cache import ResponseCache, encode_completion
+from promptfleet_workers.caching.filling import Filling
+from promptfleet_workers.caching.protocol import ResponseCache
+from promptfleet_workers.caching.tally import CacheTally
 from promptfleet_workers.claims import Abort, Claims
+from promptfleet_workers.escalation import AnswerJudge, Failing, tier_record
+from promptfleet_workers.feeder import Feed
 from promptfleet_workers.finishing import Finisher
+from promptfleet_workers.lost_calls import price_lost
 from promptfleet_workers.pricing import Pricer
-from promptfleet_workers.providers.protocol import Completion
+from promptfleet_workers.providers.protocol import Completion, Received
 from promptfleet_workers.routing import Candidate
+from promptfleet_workers.shadowing import Shadows
 from promptfleet_workers.telemetry import Emit, JobsFinished, JobsReleased
 from promptfleet_workers.token_streams import TokenStreams
+from promptfleet_workers.triage import Triage
 from promptfleet_workers.work import Work
 
 FREE = Decimal(0)
@@ -36,6 +48,18 @@ UNKNOWN_OUTCOME = JobError(
     code="unknown_outcome",
     message="nobody knows whether a call was answered, and the job must not be called twice",
 )
+
+
+class Spending(Protocol):
+    """What has to know what claims spent."""
+
+    def end(self, work: Work, end: Outcome | Release | None) -> None:
+        """A claim has ended; None where nothing will be written of it."""
+        ...
+
+    def settle(self, ids: Iterable[uuid.UUID]) -> None:
+        """The ends of these jobs are written."""
+        ...
 
 
 class Endings:
@@ -56,10 +80,20 @@ class Endings:
         announce: Callable[[Iterable[uuid.UUID]], None],
         wake_callbacks: Callable[[], None],
         emit: Emit,
+        filling: Filling | None = None,
+        judge: AnswerJudge | None = None,
+        shadows: Shadows | None = None,
+        triage: Triage | None = None,
+        feed: Feed | None = None,
+        spending: Spending | None = None,
     ) -> None:
         """Write nothing yet."""
+        self._spending = spending
+        self._judge, self._triage, self._shadows = judge, triage, shadows
+        self._feed = feed
+        self._filling = filling or Filling(cache, fleet.cache)
+        self._cache_tally = CacheTally()
         self._fleet = fleet
-        self._cache = cache
         self._pricer = pricer
         self._claims = claims
         self._slots = slots
@@ -73,10 +107,10 @@ class Endings:
             database, patience_s=patience_s, on_written=self._written, on_released=self._released
         )
         self._tickets: dict[uuid.UUID, Ticket] = {}
-        self._to_cache: dict[uuid.UUID, tuple[str, bytes, int]] = {}
         self._leaders: dict[str, Work] = {}
-        self._fills: set[asyncio.Task[None]] = set()
         self.restart: Callable[[Work], None] = lambda _: None  # set by the caller of providers
+        # Set by who counts tokens.
+        self.counted: Callable[[Work, Usage, Candidate], None] = lambda _work, _usage, _at: None
 
     # -- who waits ---------------------------------------------------------------------------
 
@@ -90,13 +124,17 @@ class Endings:
 
     def settle(self, ticket: Ticket) -> None:
         """Nothing will happen to this ticket here: its job is not ours to run."""
-        self._slots.give_back()
+        self._slots.give_back(ticket.job_id)
         ticket.wait.settle()
 
     def leads(self, work: Work) -> bool:
         """False for a job that waits for an equal one's call instead of its own."""
         if work.key is None:
             return True
+        if (answered := self._filling.known(work.key)) and work.job.cache.mode is CacheMode.USE:
+            work.cache = CacheStatus.COALESCED
+            self.succeed(work, *answered)
+            return False
         leader = self._leaders.setdefault(work.key, work)
         if leader is work:
             return True
@@ -107,6 +145,12 @@ class Endings:
 
     def succeed(self, work: Work, completion: Completion, candidate: Candidate) -> None:
         """A whole answer, from the provider or from the cache."""
+        if work.triage_of is not None:
+            self._triaged(work, completion, candidate)
+            return
+        failing = None if self._judge is None else self._judge.judge(work, completion)
+        if failing is not None and not self._is_final(work, completion, candidate, failing):
+            return
         paid = work.cache in {CacheStatus.OFF, CacheStatus.MISS}
         model = completion.model or candidate.model_there
         usage = completion.usage if paid else NO_USAGE
@@ -114,7 +158,11 @@ class Endings:
         if paid:
             provider = candidate.deployment.provider
             cost = self._pricer.cost(provider, model, usage, candidate.price_as)
-            self._remember(work, completion, candidate)
+            self._keep(work, completion, candidate, good=failing is None)
+            if work.counted is not None:
+                self.counted(work, usage, candidate)
+        else:
+            self._not_bought(work, completion, candidate, model)
         self._finish(
             work,
             _outcome(
@@ -127,10 +175,18 @@ class Endings:
                 cost_usd=cost,
             ),
         )
+        if self._shadows is not None:
+            self._shadows.consider(work.job)
+        unserved = []
         for follower in self._dismiss(work):
-            if not self.given_up(follower):
-                follower.cache = CacheStatus.COALESCED
-                self.succeed(follower, completion, candidate)
+            if self.given_up(follower):
+                continue
+            if not paid and follower.job.cache.mode is CacheMode.REFRESH:
+                unserved.append(follower)  # it wants an answer that is new
+                continue
+            follower.cache = CacheStatus.COALESCED if paid else work.cache
+            self.succeed(follower, completion, candidate)
+        self._lead_on(unserved)
 
     def fail(
         self,
@@ -150,9 +206,16 @@ class Endings:
             state: FAILED, CANCELLED or EXPIRED.
             shared: True if the same request would fail for the equal jobs, too.
         """
+        if work.triage_of is not None:
+            if state is JobState.FAILED:  # the question failed, and not the job
+                self.choose_tier(work, None)
+                return
+            work.job, work.triage_of = work.triage_of, None
         model = candidate.model_there if candidate else None
         self._finish(work, _outcome(work, state, candidate, model=model, error=error))
         if shared:
+            if self._is_leader(work):
+                self._filling.release(work.key or "")
             for follower in self._dismiss(work):
                 if not self.given_up(follower):
                     self.fail(follower, error, candidate=candidate, state=state)
@@ -177,6 +240,9 @@ class Endings:
             error: Why it did not succeed, if it failed.
             tier: Another tier that is to go on with it.
         """
+        if work.triage_of is not None and error is not None:
+            self.choose_tier(work, None)
+            return
         self._finish(
             work,
             Release(
@@ -189,8 +255,100 @@ class Endings:
                 error=error,
                 tier=tier,
                 decision=work.decision,
+                lost=work.lost,
             ),
         )
+        self._promote_follower(work)
+
+    def choose_tier(
+        self,
+        work: Work,
+        level: Complexity | None,
+        *,
+        completion: Completion | None = None,
+        candidate: Candidate | None = None,
+    ) -> None:
+        """A job that was queued for triage goes to its tier, be it this very one.
+
+        Args:
+            work: The job.
+            level: The small model's verdict; None where there is none, and the rules decide.
+            completion: The answer that the verdict was in.
+            candidate: Who gave it.
+        """
+        work.triage_of = None
+        assert self._triage is not None  # noqa: S101 - who sets works up for it has built it
+        tier, record = self._triage.decide(work.job, level)
+        work.note(DECISION, **record)
+        self.move(work, tier, completion=completion, candidate=candidate)
+
+    def move(
+        self,
+        work: Work,
+        tier: str,
+        *,
+        completion: Completion | None = None,
+        candidate: Candidate | None = None,
+    ) -> None:
+        """The job goes on in another tier's queue; what it was answered here stays in the ledger.
+
+        Args:
+            work: The job.
+            tier: Its next tier.
+            completion: An answer that is not its result.
+            candidate: Who gave that.
+        """
+        release = Release(
+            job_id=work.job.id,
+            fence=work.job.fence,
+            counts=False,
+            calls=work.calls,
+            unknown_calls=work.unknown_calls,
+            tier=tier,
+            decision=work.decision,
+            lost=work.lost,
+        )
+        if completion is not None and candidate is not None and _is_paid(work):
+            release = self._with_bill(release, completion, candidate)
+        self._finish(work, release)
+
+    def lose(
+        self,
+        work: Work,
+        candidate: Candidate,
+        error: ProviderError | None,
+        received: Received | None,
+        together: Sequence[Work],
+    ) -> None:
+        """Price a call that may have cost something and gave this job no answer.
+
+        Args:
+            work: The job.
+            candidate: Who was asked.
+            error: What came instead; None where the call was given up.
+            received: What came of a stream until then.
+            together: The jobs of the request; it is counted on the first of them.
+        """
+        call = price_lost(
+            self._pricer,
+            work,
+            candidate,
+            counted=error.usage if error else None,
+            received=received,
+            share=len(together),
+        )
+        unknown = error is None or error.unknown_outcome
+        calls = int(work is together[0])
+        work.lost += (call._replace(calls=calls, unknown_calls=int(unknown)),)
+
+    def leave(self, work: Work) -> None:
+        """The job is nobody's claim any more, and not at its end: a provider's batch has it."""
+        work.end()
+        if self._spending is not None:
+            self._spending.end(work, None)
+        self._slots.ended(work.job.id)
+        self._streams.drop(work.job.id)
+        self._forget([work.job.id])
         self._promote_follower(work)
 
     def given_up(self, work: Work) -> bool:
@@ -207,8 +365,10 @@ class Endings:
             case Abort.DRAINED:
                 self.give_back(work, 0.0, counts=False)
             case Abort.FENCED:
-                work.ended = True
-                self._slots.ended()
+                work.end()
+                if self._spending is not None:
+                    self._spending.end(work, None)
+                self._slots.ended(work.job.id)
                 self._streams.drop(work.job.id)
                 self._forget([work.job.id])
                 self._promote_follower(work)
@@ -221,19 +381,81 @@ class Endings:
     async def drain(self) -> None:
         """Write all that has ended and fill the cache with it."""
         await self._finisher.drain()
-        if self._fills:
-            await asyncio.wait(self._fills)
+        await self._filling.drain()
+        if self._triage is not None:
+            await self._triage.drain()
+        if self._shadows is not None:
+            await self._shadows.drain()
+
+    # -- other tiers -------------------------------------------------------------------------
+
+    def _triaged(self, work: Work, completion: Completion, candidate: Candidate) -> None:
+        assert self._triage is not None  # noqa: S101 - as above
+        level = self._triage.level(completion)
+        if level is not None:
+            self._triage.keep(work.triage_key, level)
+        self.choose_tier(work, level, completion=completion, candidate=candidate)
+
+    def _is_final(
+        self, work: Work, completion: Completion, candidate: Candidate, failing: Failing
+    ) -> bool:
+        """Let the next tier go on with a job; true if its answer stands although it failed."""
+        record = tier_record(work)
+        if failing.tier is None:
+            work.note(DECISION, **record, failed_check=failing.check)
+            return True
+        model = completion.model or candidate.model_there
+        step = {"tier": work.job.tier, "model": model, "check": failing.check}
+        record["chosen"] = failing.tier
+        record["escalated_from"] = [*record.get("escalated_from", ()), step]
+        work.note(DECISION, **record)
+        if self._is_leader(work):
+            self._filling.release(work.key or "")
+        equal = self._dismiss(work)
+        status = CacheStatus.COALESCED if _is_paid(work) else work.cache
+        self.move(work, failing.tier, completion=completion, candidate=candidate)
+        for follower in equal:  # each is judged by its own checks
+            if not self.given_up(follower):
+                follower.cache = status
+                self.succeed(follower, completion, candidate)
+        return False
+
+    def _keep(
+        self, work: Work, completion: Completion, candidate: Candidate, *, good: bool
+    ) -> None:
+        """Let equal jobs have the answer, too, if it is a good one."""
+        if good:
+            self._filling.keep(work, completion, candidate)
+        elif self._is_leader(work):
+            self._filling.release(work.key or "")
+
+    def _with_bill(self, release: Release, completion: Completion, candidate: Candidate) -> Release:
+        deployment = candidate.deployment
+        model = completion.model or candidate.model_there
+        usage = completion.usage
+        cost = self._pricer.cost(deployment.provider, model, usage, candidate.price_as)
+        return dataclasses.replace(
+            release,
+            model=model,
+            provider=deployment.provider,
+            deployment=deployment.name,
+            usage=usage,
+            cost_usd=cost,
+        )
 
     # -- what follows ------------------------------------------------------------------------
 
     def _finish(self, work: Work, end: Outcome | Release) -> None:
-        work.ended = True
-        self._slots.ended()
+        work.end()
+        self._slots.ended(work.job.id)
         if isinstance(end, Outcome):
             self._streams.ending(work.job)
             self._owes_callbacks |= work.job.has_callback
+            self._cache_tally.add(work)
         else:
             self._streams.drop(work.job.id)
+        if self._spending is not None:
+            self._spending.end(work, end)
         self._finisher.add(end)
 
     def _dismiss(self, work: Work) -> list[Work]:
@@ -245,35 +467,45 @@ class Endings:
 
     def _promote_follower(self, work: Work) -> None:
         """Let the equal jobs have a call of their own, the first of them for all."""
+        led = self._is_leader(work)
         live = [follower for follower in self._dismiss(work) if not self.given_up(follower)]
-        if live:
-            heir, *heir.followers = live
+        if led and not live:
+            self._filling.release(work.key or "")
+        self._lead_on(live)
+
+    def _is_leader(self, work: Work) -> bool:
+        return work.key is not None and self._leaders.get(work.key) is work
+
+    def _lead_on(self, works: list[Work]) -> None:
+        """Let the first of these equal jobs have a call for all of them."""
+        if works:
+            heir, *heir.followers = works
             if heir.key is not None:
                 self._leaders[heir.key] = heir
             self.restart(heir)
 
-    def _remember(self, work: Work, completion: Completion, candidate: Candidate) -> None:
-        # An answer of a second choice must not pass for the first one's until its time is up.
-        if work.key is None or candidate is not work.route[0]:
-            return
-        section = self._fleet.cache
-        whole = storable_text(completion.text) == completion.text
-        if whole and len(completion.response) <= section.max_value_bytes:
-            ttl_s = work.job.cache.ttl_s or section.ttl_s
-            self._to_cache[work.job.id] = (work.key, encode_completion(completion), ttl_s)
+    def _not_bought(
+        self, work: Work, completion: Completion, candidate: Candidate, model: str
+    ) -> None:
+        """The work has its answer from the cache: say what that saved."""
+        provider = candidate.deployment.provider
+        price = self._pricer.cost(provider, model, completion.usage, candidate.price_as)
+        if price is not None:
+            work.saved_usd = price + (work.saved_usd or FREE)
+        if self._is_leader(work):  # of those who looked for it by its meaning
+            self._filling.release(work.key or "")
 
     def _written(self, outcomes: Sequence[Outcome], written: set[uuid.UUID]) -> None:
         self._announce(written)
+        if self._shadows is not None:
+            self._shadows.written([outcome.job_id for outcome in outcomes], written)
         self._streams.ended(outcomes, written)
         if self._owes_callbacks:
             self._owes_callbacks = False
             self._wake_callbacks()
-        items = [(o, self._to_cache.pop(o.job_id, None)) for o in outcomes]
-        known = [item for o, item in items if item is not None and o.state is JobState.SUCCEEDED]
-        if known:
-            task = asyncio.create_task(self._cache.set_many(known))
-            self._fills.add(task)
-            task.add_done_callback(self._fills.discard)
+        self._filling.written(outcomes)
+        for used in self._cache_tally.take():
+            self._emit(used)
         self._emit(JobsFinished.of(outcomes, fenced=len(outcomes) - len(written)))
         self._forget([outcome.job_id for outcome in outcomes])
 
@@ -288,11 +520,20 @@ class Endings:
 
     def _forget(self, ids: list[uuid.UUID]) -> None:
         self._claims.let_go(ids)
+        if self._feed is not None:
+            self._feed.gone(ids)
+        if self._spending is not None:
+            self._spending.settle(ids)
         for job_id in ids:
             ticket = self._tickets.pop(job_id, None)
             if ticket is not None:
                 self._slots.written()
                 ticket.wait.settle()
+
+
+def _is_paid(work: Work) -> bool:
+    """True for an answer that was called for, and not found in the cache."""
+    return work.cache in {CacheStatus.OFF, CacheStatus.MISS}
 
 
 def _outcome(
@@ -330,4 +571,6 @@ def _outcome(
         provider_ms=work.provider_ms,
         decision=work.decision,
         saved_usd=work.saved_usd,
+        turn=work.turn.answered(completion) if work.turn and completion else None,
+        lost=work.lost,
     )

@@ -146,5 +146,5 @@ def _unstorable(outcome: Outcome) -> Outcome:
     """What is written in place of an answer that Postgres can't hold."""
     error = JobError(code="bad_response", message="the answer can't be stored as JSON")
     return outcome._replace(
-        state=JobState.FAILED, text=None, response=None, finish_reason=None, error=error
+        state=JobState.FAILED, text=None, response=None, finish_reason=None, error=error, turn=None
     )

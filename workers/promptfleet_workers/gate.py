@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 from celery import bootsteps
 
 from promptfleet_shared.errors import BrokerUnavailableError, ConfigurationError
-from promptfleet_shared.queueing import refuse_eviction
+from promptfleet_shared.queueing import INTERACTIVE_STEPS, PRIORITY_STEPS, refuse_eviction
 from promptfleet_shared.tiers import tier_of_queue
 from promptfleet_workers.worker import FleetWorker
 
@@ -21,6 +21,9 @@ TICK_S = 0.02
 """Celery's loop sleeps until something happens; free slots are seen by the next tick."""
 FLUSH_EVENTS_S = 0.25
 EVENTS_BUFFERED = 500
+LONG_LOOK_S = 1.0
+"""How long one look at a queue lasts while nothing comes; kombu's own."""
+SHORT_LOOK_S = 0.05
 
 
 class FleetStep(bootsteps.StartStopStep):
@@ -81,11 +84,14 @@ class GateStep(bootsteps.StartStopStep):
         except ConfigurationError as error:
             _refuse(error.message)
         worker: FleetWorker = parent.app.fleet_worker
-        qos = parent.task_consumer.channel.qos
+        channel = parent.task_consumer.channel
+        qos = channel.qos
         celery_may = qos.can_consume
 
         def can_consume(_: Any) -> bool:
             worker.consumer_looked()
+            if worker.reserves:
+                return open_doors(worker, channel) and bool(celery_may())
             return worker.wants_work and bool(celery_may())
 
         qos.can_consume = MethodType(can_consume, qos)
@@ -106,6 +112,22 @@ class GateStep(bootsteps.StartStopStep):
         events.on_send_buffered = None
         events.buffer_limit = EVENTS_BUFFERED
         self._timers.append(parent.timer.call_repeatedly(FLUSH_EVENTS_S, events.flush))
+
+
+def open_doors(worker: FleetWorker, channel: Any) -> bool:
+    """Let the consumer look only at those lists of a queue that there is room for; false if none.
+
+    A reserve is of use only while nobody waits in it for slots that are not of the reserve.
+    """
+    usual, interactive = worker.wants_work, worker.wants_interactive
+    if usual and interactive:
+        channel.priority_steps = list(PRIORITY_STEPS)
+        channel.brpop_timeout = LONG_LOOK_S
+    else:
+        first, others = PRIORITY_STEPS[:INTERACTIVE_STEPS], PRIORITY_STEPS[INTERACTIVE_STEPS:]
+        channel.priority_steps = list(first if interactive else others)
+        channel.brpop_timeout = SHORT_LOOK_S  # the other lists are missed meanwhile
+    return usual or interactive
 
 
 def install(app: Any, worker: FleetWorker) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import assert_never
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from promptfleet_workers.balancing.places import DeploymentLoad
 from promptfleet_workers.telemetry import (
     BatchClaimed,
     BreakerChanged,
+    BudgetNearlySpent,
+    BudgetRefused,
+    CacheUsed,
     CallbacksDelivered,
     Event,
     JobsFinished,
@@ -58,14 +65,34 @@ class PrometheusHook:
             case Swept():
                 _add(self._swept, event.verdicts)
                 self._unknown_calls.labels("sweep").inc(event.unknown_calls)
+            case _:
+                self._happened_besides(event)
+
+    def _happened_besides(
+        self,
+        event: BreakerChanged
+        | KeyStopped
+        | CacheUsed
+        | CallbacksDelivered
+        | BudgetRefused
+        | BudgetNearlySpent,
+    ) -> None:
+        """Count what is not about jobs that come and go."""
+        match event:
             case BreakerChanged():
                 for state in BREAKER_STATES:
                     self._breaker.labels(event.deployment, state).set(state == event.state)
             case KeyStopped():
                 self._stopped_keys.labels(event.deployment).inc()
+            case CacheUsed():
+                self._cache_used(event)
             case CallbacksDelivered():
                 _add(self._callbacks, event.outcomes)
                 self._fenced.labels("callback").inc(event.fenced)
+            case BudgetRefused():
+                _add(self._budget_refusals, event.budgets)
+            case BudgetNearlySpent():
+                self._soft_budgets.labels(event.budget).inc()
             case _:
                 assert_never(event)
 
@@ -92,6 +119,10 @@ class PrometheusHook:
         self._jobs_held.set_function(jobs_held)
         self._last_commit.set_function(lambda: self._now() - commit_age_s())
         self._watchdog_idle.set_function(watchdog_idle_s)
+
+    def watch_loads(self, read: Callable[[], Iterable[DeploymentLoad]]) -> None:
+        """Show how busy and how slow the deployments are, read anew for each page."""
+        self.registry.register(_Loads(read))
 
     # -- what there is -----------------------------------------------------------------------
 
@@ -133,11 +164,31 @@ class PrometheusHook:
             "stopped_keys", "Times that a deployment's key was used up.", "deployment"
         )
 
+        self._cache_answers = self._counter(
+            "cache_answers", "Jobs that ended, by what the cache had for them.", "tier", "answer"
+        )
+        self._cache_saved = self._counter(
+            "cache_saved_usd", "What answers without a call would have cost.", "tier"
+        )
         self._callbacks = self._counter(
             "callback_attempts", "Attempts to deliver a callback, as they ended.", "outcome"
         )
+        self._budget_refusals = self._counter(
+            "budget_refusals", "Jobs that were not called because of a budget.", "budget"
+        )
+        self._soft_budgets = self._counter(
+            "budget_soft_limits", "Times that a budget's soft limit was reached.", "budget"
+        )
+
+    def watch_parking(self, tiers: Sequence[str], parked: Callable[[str], int]) -> None:
+        """Show how many jobs of each tier wait for their turn."""
+        for tier in tiers:
+            self._parked.labels(tier).set_function(functools.partial(parked, tier))
 
     def _make_worker_metrics(self) -> None:
+        self._parked = self._gauge(
+            "parked_jobs", "Jobs that wait for their tenant's turn, in the whole fleet.", "tier"
+        )
         self._worker = Info("promptfleet_worker", "Who this is.", registry=self.registry)
         self._slots = self._gauge("slots", "Jobs that may be called at once.")
         self._slots_free = self._gauge("slots_free", "Jobs that may be taken now.")
@@ -160,6 +211,12 @@ class PrometheusHook:
         if event.claimed:
             self._batch_jobs.labels(event.tier).observe(event.claimed)
 
+    def _cache_used(self, event: CacheUsed) -> None:
+        for answer, count in event.answers.items():
+            self._cache_answers.labels(event.tier, answer).inc(count)
+        if event.saved_usd:
+            self._cache_saved.labels(event.tier).inc(event.saved_usd)
+
     def _ended(self, write: str, event: JobsFinished | JobsReleased) -> None:
         self._calls.inc(event.calls)
         self._unknown_calls.labels(write).inc(event.unknown_calls)
@@ -173,6 +230,29 @@ class PrometheusHook:
             return OTHER
         self._codes.add(code)
         return code
+
+
+class _Loads(Collector):
+    """One reading of all deployments for both of their metrics."""
+
+    def __init__(self, read: Callable[[], Iterable[DeploymentLoad]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        jobs = GaugeMetricFamily(
+            "promptfleet_deployment_load",
+            "Jobs in flight from the whole fleet, as the balancer knows.",
+            labels=["deployment"],
+        )
+        latency = GaugeMetricFamily(
+            "promptfleet_deployment_latency_seconds",
+            "What a call takes: the fleet's peak-EWMA.",
+            labels=["deployment"],
+        )
+        for load in self._read():
+            jobs.add_metric([load.deployment], load.in_flight)
+            latency.add_metric([load.deployment], load.latency_s)
+        return jobs, latency
 
 
 def _add(counter: Counter, counts: Mapping[str, int]) -> None:

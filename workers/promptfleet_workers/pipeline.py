@@ -8,21 +8,26 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from uuid_utils.compat import uuid7
 
 from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.fleet import Fleet
-from promptfleet_shared.jobs import CacheMode, CacheStatus, Doorbell, JobError
+from promptfleet_shared.jobs import Doorbell, JobError
 from promptfleet_shared.store import claims as claims_store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.sweeping import MAX_CRASHES
+from promptfleet_workers.balancing.balancer import Balancer
 from promptfleet_workers.batching import Batcher, DoorbellWait, Ticket
-from promptfleet_workers.cache import ResponseCache, cache_key, decode_completion
+from promptfleet_workers.caching.parts import Caching
+from promptfleet_workers.caching.protocol import ResponseCache
 from promptfleet_workers.calling import Caller, plan_requests
 from promptfleet_workers.claims import Abort, Claims
+from promptfleet_workers.compacting import Compactor
 from promptfleet_workers.endings import Endings
+from promptfleet_workers.feeder import Feed
 from promptfleet_workers.routing import Router
 from promptfleet_workers.telemetry import BatchClaimed, Emit
 from promptfleet_workers.work import Batch, Work
@@ -32,6 +37,36 @@ log = logging.getLogger(__name__)
 CLAIM_PATIENCE_S = 30.0
 LAST_CHANCE = MAX_CRASHES - 1
 SUSPECT_WAIT_S = 1.0
+
+
+class Sifting(Protocol):
+    """Prepares jobs by their tiers."""
+
+    async def sift(self, works: list[Work]) -> tuple[list[Work], list[Work]]:
+        """Those that can go on, and those whose tier a small model is to be asked for first."""
+        ...
+
+
+class Fitting(Protocol):
+    """Makes requests fit the models that may answer them."""
+
+    def part(self, tier: str, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+        """Those that are sent as they are, and those that `fit` has to look at."""
+        ...
+
+    async def fit(self, works: Sequence[Work]) -> list[Work]:
+        """Make these fit; those that can't go on now are ended or given back, and left out."""
+        ...
+
+
+class BatchService(Protocol):
+    """Takes jobs that are to go through their provider's own batch API."""
+
+    async def take(
+        self, works: list[Work], known: Callable[[Sequence[Work]], Awaitable[Sequence[Work]]]
+    ) -> list[Work]:
+        """Give those jobs away, unless `known` has their answer; returns the others."""
+        ...
 
 
 class Pipeline:
@@ -51,12 +86,25 @@ class Pipeline:
         lease_s: float,
         ring: Callable[[Iterable[Doorbell]], None],
         emit: Emit,
+        fitter: Fitting | None = None,
+        balancer: Balancer | None = None,
+        caching: Caching | None = None,
+        feed: Feed | None = None,
+        tiering: Sifting | None = None,
+        batch_service: BatchService | None = None,
     ) -> None:
         """Put the parts together; nothing runs yet."""
+        self._batch_service = batch_service
+        self._compactor = Compactor(fleet)
+        self._feed = feed
+        self._tiering = tiering
+        self._balancer = balancer
+        self._fitter = fitter
         self._database = database
         self._fleet = fleet
         self._router = router
-        self._cache = cache
+        caching = caching or Caching(cache, fleet.cache)
+        self._look_up = caching.look_up(fleet, claims, endings, caller)
         self._claims = claims
         self._endings = endings
         self._caller = caller
@@ -81,9 +129,20 @@ class Pipeline:
         if self._draining:
             self._hand_back(tier, tickets)
             return
-        works = await self._claim(tier, tickets)
         try:
-            await self._start_calls(tier, works)
+            works = await self._claim(tier, tickets)
+        finally:
+            if self._feed is not None:
+                self._feed.looked_up(len(tickets))
+        try:
+            if self._tiering is None:
+                await self._start_calls(tier, works)
+                return
+            ready, asking = await self._tiering.sift(works)
+            await self._start_calls(tier, ready)
+            # A question each, of a few tokens, to the small model.
+            for work in await self._caller.afford(asking) if asking else ():
+                await self._caller.start([work])
         except Exception as error:  # noqa: BLE001 - a bug must not keep what is claimed
             name = type(error).__name__
             log.error("batch_crashed", extra={"error": name})  # noqa: TRY400 - a traceback could show a prompt
@@ -93,9 +152,29 @@ class Pipeline:
         if any(work.job.crashes >= LAST_CHANCE for work in works):
             works = await self._without_other_suspects(works)
         routed = [work for work in works if self._has_route(work)]
-        misses = await self._answer_from_cache(routed)
-        leaders = [work for work in misses if self._endings.leads(work)]
-        for request in plan_requests(leaders, self._fleet.batch_options(tier)):
+        self._compactor.compact(tier, routed)
+        if self._fitter is None:
+            await self._look_up_and_call(tier, routed)
+            return
+        plain, special = self._fitter.part(tier, routed)
+        await self._look_up_and_call(tier, plain)
+        if special:  # not before: counting a long one must hold nobody up
+            await self._look_up_and_call(tier, await self._fitter.fit(special))
+
+    async def _look_up_and_call(self, tier: str, routed: list[Work]) -> None:
+        if self._batch_service is not None:
+            routed = await self._batch_service.take(routed, self._look_up.known)
+        asked, leaders = self._look_up.questions(await self._look_up(routed))
+        await self._call(tier, leaders)
+        if asked:  # not before: what may be answered by its meaning must hold nobody up
+            await self._call(tier, await self._look_up.by_meaning(asked))
+
+    async def _call(self, tier: str, leaders: list[Work]) -> None:
+        if self._caller.budgets is not None:
+            leaders = await self._caller.afford(leaders)
+        if self._balancer is not None:
+            self._balancer.place(leaders)
+        for request in plan_requests(leaders, self._fleet.batch_options(tier), self._caller.apart):
             await self._caller.start(request)
 
     async def _without_other_suspects(self, works: list[Work]) -> list[Work]:
@@ -126,6 +205,7 @@ class Pipeline:
             await asyncio.wait_for(self._claims.idle.wait(), patience_s)
         self._claims.abort_all(Abort.DRAINED)
         await self._batcher.idle()  # what was being claimed is given back at once
+        await self._look_up.idle()
         await self._caller.idle()
         await self._endings.drain()
 
@@ -146,10 +226,17 @@ class Pipeline:
         self._claims.hold(jobs)
         claimed_at = time.monotonic()
         batch = Batch(id=uuid7(), size=len(jobs))
+        waited: dict[uuid.UUID, Mapping[str, object]] = {}
         for job in jobs:
-            self._endings.expect(fresh.pop(job.id))
+            ticket = fresh.pop(job.id)
+            self._endings.expect(ticket)
+            if ticket.wait.why is not None:
+                waited[job.id] = ticket.wait.why
         for stale in fresh.values():
             self._endings.settle(stale)
+        if self._feed is not None:
+            self._feed.claimed(jobs)
+            self._feed.gone(fresh)
         self._emit(BatchClaimed(tier=tier, rung=len(tickets), claimed=len(jobs), answered=answered))
         return [
             Work(
@@ -159,6 +246,7 @@ class Pipeline:
                 claimed_at=claimed_at,
                 route=self._router.route(job),
                 request=job.request,
+                decision={"queue": waited[job.id]} if job.id in waited else None,
             )
             for job in jobs
         ]
@@ -181,37 +269,10 @@ class Pipeline:
         self._endings.fail(work, JobError(code="no_route", message=message))
         return False
 
-    async def _answer_from_cache(self, works: list[Work]) -> list[Work]:
-        """Finish those whose answer is known; returns the others."""
-        asking = [work for work in works if self._may_use_cache(work)]
-        if not asking:
-            return works
-        values = await self._cache.get_many([work.key or "" for work in asking])
-        for work, value in zip(asking, values, strict=True):
-            completion = None if value is None else decode_completion(value)
-            if completion is not None:
-                work.cache = CacheStatus.HIT
-                self._endings.succeed(work, completion, work.route[0])
-        return [work for work in works if not work.ended]
-
-    def _may_use_cache(self, work: Work) -> bool:
-        """Give the work the key of its answer; false if it must not be read from the cache."""
-        options, section = work.job.cache, self._fleet.cache
-        if not section.enabled or options.mode is CacheMode.OFF:
-            return False
-        first = work.route[0]
-        work.cache = CacheStatus.MISS
-        work.key = cache_key(
-            options.namespace or section.namespace,
-            work.job.tenant,
-            f"{first.deployment.provider}/{first.model_there}",
-            work.job.kind,
-            work.request,
-        )
-        return options.mode is CacheMode.USE
-
     def _hand_back(self, tier: str, tickets: Sequence[Ticket]) -> None:
         """Leave unclaimed jobs to another worker."""
-        self._ring([Doorbell(job_id=ticket.job_id, tier=tier) for ticket in tickets])
+        self._ring([Doorbell(job_id=t.job_id, tier=tier, returned=True) for t in tickets])
+        if self._feed is not None:
+            self._feed.looked_up(len(tickets))
         for ticket in tickets:
             self._endings.settle(ticket)

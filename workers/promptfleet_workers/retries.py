@@ -31,9 +31,13 @@ class FailureKind(enum.StrEnum):
     UNKNOWN_OUTCOME = "unknown_outcome"  # nobody knows whether it was answered, and billed
     TRANSPORT = "transport"  # no connection: nothing was sent
     SERVER_ERROR = "server_error"  # the provider says that it failed
-    NOT_CALLED = "not_called"  # ours: the breaker is open, or the retry budget used up
+    NOT_CALLED = "not_called"  # ours: the breaker is open, the retry budget or a limit used up
 
 
+LIMIT_REACHED = "limit_reached"
+"""The code of a call that was not made because a limit of our own has no room for it yet."""
+QUOTA_REACHED = "quota_reached"
+"""The same for what the deployment allows: another one of the model may have room."""
 KEY_STOP_S = 300.0
 """How long a deployment whose key is used up is left alone; then one call looks again."""
 
@@ -76,6 +80,7 @@ _TOO_LONG = _rule(FailureKind.BAD_OUTPUT, Verdict.FINAL, Verdict.FINAL)
 _UNKNOWN = _rule(FailureKind.UNKNOWN_OUTCOME, Verdict.RETRY, Verdict.RETRY)
 _SERVER_ERROR = _rule(FailureKind.SERVER_ERROR, Verdict.RETRY, Verdict.RETRY)
 _NOT_CALLED = _rule(FailureKind.NOT_CALLED, Verdict.NEXT, Verdict.DEFER)
+_NO_ROOM = _rule(FailureKind.NOT_CALLED, Verdict.DEFER, Verdict.DEFER)
 
 
 def _table(*rows: tuple[Judgement, Iterable[str]]) -> dict[str, Judgement]:
@@ -187,8 +192,12 @@ _BY_CODE = _table(
         ("internal",),
     ),
     (
+        _NO_ROOM,
+        (LIMIT_REACHED,),  # ours
+    ),
+    (
         _NOT_CALLED,
-        ("circuit_open", "key_stopped", "retry_budget"),  # ours
+        ("circuit_open", "key_stopped", "retry_budget", QUOTA_REACHED),  # ours
     ),
 )
 _BY_STATUS = {

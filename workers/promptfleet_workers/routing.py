@@ -48,13 +48,17 @@ class Router:
             known = self._routes[key] = tuple(self._candidates(*key))
         return known
 
+    def candidates_of(self, model: str) -> tuple[Candidate, ...]:
+        """Who answers for a model of the fleet, for calls that are no job's own."""
+        return tuple(self._candidates(self._fleet.default_tier, model))
+
     def _candidates(self, tier: str, model: str | None) -> list[Candidate]:
         section = self._fleet.tiers.get(tier)
         names = (model,) if model is not None else (section.models if section else ())
         return [
             Candidate(
                 model=name,
-                price_as=self._fleet.models[name].price_as,
+                price_as=deployment.price_as or self._fleet.models[name].price_as,
                 deployment=deployment,
                 provider=self._providers[deployment.name],
                 timeouts=self._fleet.timeout_options(tier, deployment),

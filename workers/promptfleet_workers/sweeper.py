@@ -9,10 +9,11 @@ import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
 
 from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.jobs import Doorbell
-from promptfleet_shared.store import batches, files, sweeping
+from promptfleet_shared.store import batches, conversations, files, sweeping
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.telemetry import Emit, Swept
 
@@ -20,6 +21,19 @@ log = logging.getLogger(__name__)
 
 PRUNE_EVERY_S = 60.0
 UUID7_RANDOM_BITS = 80
+
+
+class Parked(Protocol):
+    """Who knows what waits its turn."""
+
+    @property
+    def any_parked(self) -> bool:
+        """False if nothing does."""
+        ...
+
+    def waiting(self, bells: Sequence[Doorbell]) -> set[uuid.UUID]:
+        """Those of these jobs that do; blocks."""
+        ...
 
 
 class Sweeper:
@@ -35,6 +49,8 @@ class Sweeper:
         ring: Callable[[Iterable[Doorbell]], None],
         empty_queues: Callable[[Sequence[str]], Awaitable[Sequence[str]]],
         emit: Emit,
+        memory_s: float | None = None,
+        parked: Parked | None = None,
     ) -> None:
         """Sweep nothing yet.
 
@@ -46,6 +62,9 @@ class Sweeper:
             ring: Rings doorbells in the background.
             empty_queues: Those of the tiers whose queue holds no message.
             emit: Told what was found.
+            memory_s: Seconds after their last turn that conversations are kept; as ended jobs
+                where it is None.
+            parked: Knows the doorbells that wait their turn.
         """
         self._database = database
         self._tiers = tiers
@@ -54,8 +73,11 @@ class Sweeper:
         self._ring = ring
         self._empty_queues = empty_queues
         self._emit = emit
+        self._parked = parked
         self._pruned_at = time.monotonic()
         self._filed_at = time.monotonic()
+        self._memory_s = retention_s if memory_s is None else memory_s
+        self._forgot_at = time.monotonic()
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -67,6 +89,7 @@ class Sweeper:
                 await self.ring_silent()
                 await self.prune()
                 await self.sweep_files()
+                await self.prune_conversations()
             except (StoreRefusedError, StoreUnavailableError) as error:
                 log.warning("sweep_failed", extra={"error": str(error)})
 
@@ -75,20 +98,38 @@ class Sweeper:
         limit = 500
         judged = limit
         while judged == limit:
-            found = await self._database.run(lambda c: sweeping.sweep(c, limit=limit))
+            parked = await self._parked_of_due(limit)
+            judge = functools.partial(sweeping.sweep, limit=limit, parked=parked)
+            found = await self._database.run(judge)
             self._ring(found.doorbells)
             judged = sum(found.verdicts.values())
             if judged:
                 self._emit(Swept(verdicts=found.verdicts, unknown_calls=found.unknown_calls))
 
+    async def _parked_of_due(self, limit: int) -> set[uuid.UUID]:
+        """Jobs that are due to be rung for, and whose doorbells wait their turn."""
+        if self._parked is None or not self._parked.any_parked:
+            return set()
+        bells = await self._database.run(lambda c: sweeping.overdue_doorbells(c, limit=limit))
+        if not bells:
+            return set()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self._parked.waiting, bells)
+
     async def ring_silent(self) -> None:
         """Ring for due jobs of the tiers whose queue is empty: their doorbells are lost."""
         for tier in await self._empty_queues(self._tiers):
-            ring_for = functools.partial(sweeping.silent_doorbells, tier=tier)
-            doorbells = await self._database.run(ring_for)
-            if doorbells:
-                self._ring(doorbells)
-                self._emit(Swept(verdicts={"silent": len(doorbells)}))
+            limit = 1000
+            rung, newest = limit, False
+            while rung == limit:
+                ring_for = functools.partial(
+                    sweeping.silent_doorbells, tier=tier, limit=limit, newest=newest
+                )
+                doorbells = await self._database.run(ring_for)
+                rung, newest = len(doorbells), not newest
+                if doorbells:
+                    self._ring(doorbells)
+                    self._emit(Swept(verdicts={"silent": rung}))
 
     async def prune(self) -> None:
         """Once a minute, delete what is older than the retention, a thousand jobs at a time."""
@@ -115,6 +156,17 @@ class Sweeper:
         gone = limit = 5
         while gone == limit:
             gone = await self._database.run(lambda c: files.sweep_files(c, limit=limit))
+
+    async def prune_conversations(self) -> None:
+        """Once a minute, delete conversations that nobody has gone on with, a hundred at a time."""
+        if not self._memory_s or time.monotonic() - self._forgot_at < PRUNE_EVERY_S:
+            return
+        self._forgot_at = time.monotonic()
+        gone = limit = 100
+        while gone == limit:
+            gone = await self._database.run(
+                lambda c: conversations.prune_conversations(c, age_s=self._memory_s, limit=limit)
+            )
 
 
 def oldest_id(instant: float) -> uuid.UUID:

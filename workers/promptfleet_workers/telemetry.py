@@ -129,6 +129,40 @@ class CallbacksDelivered:
     fenced: int = 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetRefused:
+    """Jobs were not called because of budgets; how many, by budget."""
+
+    budgets: Mapping[str, int]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> BudgetRefused:
+        """Count them."""
+        return cls(budgets=dict(collections.Counter(names)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetNearlySpent:
+    """A budget's soft limit is reached in this period."""
+
+    budget: str
+    spent_usd: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CacheUsed:
+    """Jobs of a tier that might have been answered from the cache have ended, in one transaction.
+
+    Attributes:
+        answers: How many of them were a `miss`, a `hit`, `coalesced`, `semantic`.
+        saved_usd: What those without a call of their own would have cost, where that is known.
+    """
+
+    tier: str
+    answers: Mapping[str, int]
+    saved_usd: float
+
+
 Event = (
     BatchClaimed
     | JobsFinished
@@ -137,6 +171,9 @@ Event = (
     | BreakerChanged
     | KeyStopped
     | CallbacksDelivered
+    | CacheUsed
+    | BudgetRefused
+    | BudgetNearlySpent
 )
 Emit = Callable[[Event], None]
 
@@ -176,6 +213,8 @@ class LogHook:
                 self._log.warning(name, **dataclasses.asdict(event))
             case KeyStopped():
                 self._log.error(name, **dataclasses.asdict(event))
+            case BudgetNearlySpent():
+                self._log.warning(name, **dataclasses.asdict(event))
             case BreakerChanged(state=state):
                 level = logging.WARNING if state == "open" else logging.INFO
                 self._log.log(level, name, **dataclasses.asdict(event))

@@ -148,6 +148,7 @@ class WorkQuestion:
         ask_broker: Callable[[], object],
         tiers: Sequence[str],
         for_s: float,
+        held_back: Callable[[], bool] = lambda: False,
     ) -> None:
         """Ask nothing yet.
 
@@ -156,7 +157,9 @@ class WorkQuestion:
             ask_broker: Raises if the broker can't be reached.
             tiers: Whose jobs are ours.
             for_s: Seconds that a job must have waited to count.
+            held_back: True if jobs wait for nothing but others of their tenant to end.
         """
+        self._held_back = held_back
         self._database = database
         self._ask_broker = ask_broker
         self._tiers = tiers
@@ -173,7 +176,7 @@ class WorkQuestion:
         except Exception as error:  # noqa: BLE001 - whatever it was, it is no answer
             log.warning("watchdog_unanswered", extra={"error": type(error).__name__})
             return None
-        return waits
+        return waits and not self._held_back()
 
 
 def announce(stuck: Stuck, *, within_s: float) -> None:

@@ -10,15 +10,16 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from promptfleet_shared.errors import ConfigurationError
-from promptfleet_shared.jobs import Doorbell
+from promptfleet_shared.jobs import MAX_PRIORITY, Doorbell
 from promptfleet_workers.background import keep_running
 from promptfleet_workers.batching import DoorbellWait, Slots
 from promptfleet_workers.callbacks import Deliverer
 from promptfleet_workers.claims import Claims, Heartbeat
 from promptfleet_workers.event_loop import EventLoop
+from promptfleet_workers.feeder import Feeder
 from promptfleet_workers.health import HealthServer, Phase, Vitals
 from promptfleet_workers.pipeline import Pipeline
 from promptfleet_workers.sweeper import Sweeper
@@ -43,6 +44,7 @@ class Parts:
     vitals: Vitals
     watchdog: Watchdog
     health: HealthServer | None
+    feeder: Feeder
     close: Callable[[], Awaitable[None]]
 
 
@@ -97,20 +99,45 @@ class FleetWorker:
     @property
     def wants_work(self) -> bool:
         """True if the next doorbell is worth taking from a queue."""
-        return self._parts is not None and self._parts.slots.wants_work
+        parts = self._parts
+        return parts is not None and parts.slots.wants_work and parts.feeder.claims_in_time
+
+    @property
+    def reserves(self) -> bool:
+        """True if some slots are for interactive jobs only."""
+        return self._parts is not None and self._parts.slots.reserve > 0
+
+    @property
+    def wants_interactive(self) -> bool:
+        """True if the reserve has room for an interactive job."""
+        return self._parts is not None and self._parts.slots.wants_interactive
 
     def consumer_looked(self) -> None:
         """Celery's consumer is about to look at the queues."""
         if self._parts is not None:
             self._parts.vitals.looked_at = time.monotonic()
 
-    def run(self, tier: str, ids: Sequence[uuid.UUID], priority: int) -> None:
+    def run(
+        self,
+        tier: str,
+        ids: Sequence[uuid.UUID],
+        priority: int,
+        why: Mapping[str, object] | None = None,
+    ) -> None:
         """See to the jobs of a doorbell; returns when each has been.
 
         What there are no slots for goes back to the head of the queue, for whoever has them.
+
+        Args:
+            tier: Theirs.
+            ids: Theirs.
+            priority: The doorbell's; the highest takes slots of the reserve, if there is one.
+            why: What they have waited for, if for anybody else.
         """
         parts = self._parts
-        room = 0 if parts is None else parts.slots.take(len(ids))
+        room = 0 if parts is None else _take(parts.slots, ids, priority)
+        if parts is not None:
+            parts.feeder.taken(tier, room)
         taken, excess = ids[:room], ids[room:]
         if excess:
             self._ring(
@@ -120,10 +147,16 @@ class FleetWorker:
                 ]
             )
         if parts is not None and taken:
-            self._see_to(parts, tier, taken)
+            self._see_to(parts, tier, taken, why)
 
-    def _see_to(self, parts: Parts, tier: str, ids: Sequence[uuid.UUID]) -> None:
-        wait = DoorbellWait(len(ids))
+    def _see_to(
+        self,
+        parts: Parts,
+        tier: str,
+        ids: Sequence[uuid.UUID],
+        why: Mapping[str, object] | None,
+    ) -> None:
+        wait = DoorbellWait(len(ids), why)
         self._waits.add(wait)
         try:
             self._loop.call(parts.pipeline.take, tier, ids, wait)
@@ -138,6 +171,7 @@ class FleetWorker:
         parts, self._parts = self._parts, None
         parts.watchdog.stop()
         parts.slots.shut()
+        parts.feeder.retire()
         parts.vitals.phase = Phase.DRAINING
         try:
             self._loop.run(self._stop(parts), timeout_s=self._drain_s + CLOSE_S)
@@ -156,6 +190,7 @@ class FleetWorker:
         parts.heartbeat.start()
         self._sweeping = asyncio.create_task(keep_running("sweeper", parts.sweeper.run))
         parts.deliverer.start()
+        parts.feeder.start()
         parts.vitals.phase = Phase.SERVING
         parts.watchdog.start(self._give_up)
 
@@ -165,6 +200,7 @@ class FleetWorker:
         await asyncio.gather(
             parts.pipeline.drain(self._drain_s), parts.deliverer.drain(self._drain_s)
         )
+        await asyncio.get_running_loop().run_in_executor(None, parts.feeder.stop)
         await parts.close()
         if parts.health is not None:
             await parts.health.stop()
@@ -182,3 +218,9 @@ class FleetWorker:
                 drain = parts.pipeline.drain(self._drain_s)
                 self._loop.run(drain, timeout_s=self._drain_s + CLOSE_S)
         end_for_restart()
+
+
+def _take(slots: Slots, ids: Sequence[uuid.UUID], priority: int) -> int:
+    if slots.reserve and priority == MAX_PRIORITY:
+        return slots.take_reserved(ids)
+    return slots.take(len(ids))

@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, FastAPI
+from fastapi_offline import FastAPIOffline
 
-from promptfleet.api import admin, errors, health, jobs, openapi, results, streams
+from promptfleet.api import admin, conversations, errors, health, jobs, openapi, results, streams
 from promptfleet.api.auth import Authenticator
 from promptfleet.api.batch_runner import BatchRunner
 from promptfleet.api.edge import Edge
@@ -29,6 +30,7 @@ _ROUTERS: tuple[APIRouter, ...] = (
     jobs.router,
     streams.router,
     results.router,
+    conversations.router,
     health.router,
     admin.router,
     completing.router,
@@ -58,7 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     Raises:
         ConfigurationError: A setting is wrong.
     """
-    app = FastAPI(
+    app = FastAPIOffline(  # its /docs needs no internet
         title="promptfleet",
         version=__version__,
         summary="A fleet of workers for LLM prompts",

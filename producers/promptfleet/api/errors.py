@@ -22,6 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from promptfleet_shared.errors import (
     ConfigurationError,
@@ -38,6 +39,7 @@ RETRY_AFTER_S = 2
 INVALID = "invalid_request_error"
 OURS = "server_error"
 LIMITED = "rate_limit_error"
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _OWN_PATHS = ("/v1/jobs", "/v1/results", "/v1/admin")
 _CLIENT_GONE = 499
 _UNPROCESSABLE, _BAD_REQUEST = 422, 400
@@ -199,17 +201,32 @@ def _validation(request: Request, error: Exception) -> Response:
     return error_response(refused)
 
 
-def _http(request: Request, error: Exception) -> Response:  # noqa: ARG001
+def _http(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses: no such path, no such method."""
     assert isinstance(error, HTTPException)  # noqa: S101
     known = {404: "unknown_path", 405: "method_not_allowed"}
+    headers = error.headers
+    if error.status_code == 405:  # noqa: PLR2004
+        headers = {"allow": ", ".join(_methods(request))}
     refused = ApiError(
         error.status_code,
         error.detail,
         code=known.get(error.status_code),
-        headers=error.headers,
+        headers=headers,
     )
     return error_response(refused)
+
+
+def _methods(request: Request) -> list[str]:
+    """All methods of this path: Starlette tells those of its first route only."""
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.router.routes
+        )
+    ]
 
 
 def _gone(request: Request, error: Exception) -> Response:  # noqa: ARG001

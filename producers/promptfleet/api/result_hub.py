@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from promptfleet_shared.errors import PromptFleetError
 from promptfleet_shared.finish_notices import CHANNEL, decode_notice
 from promptfleet_shared.jobs import Result
+from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_shared.store.database import Statement
 from promptfleet_shared.store.results import read_results
 
@@ -374,7 +374,7 @@ class _Notices:
         while True:
             try:
                 await self._listen()
-            except (RedisError, OSError, TimeoutError) as error:
+            except REDIS_FAILURES as error:
                 if not self._is_away:
                     log.warning("notices_unavailable", extra={"error": type(error).__name__})
                 self._is_away = True

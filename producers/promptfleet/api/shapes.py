@@ -18,6 +18,7 @@ from promptfleet_shared.jobs import (
     Result,
     Usage,
 )
+from promptfleet_shared.policies.provider_batches import Service
 from promptfleet_shared.store.listing import JobRow
 
 
@@ -43,7 +44,7 @@ class ErrorBody(_Shape):
 class CacheShape(_Shape):
     """How a job uses the response cache."""
 
-    mode: Literal["use", "refresh", "off"] = "use"
+    mode: Literal["use", "refresh", "only", "off"] = "use"
     ttl_s: int | None = Field(None, description="Seconds that the answer is kept.")
     namespace: str | None = Field(None, description="Answers of other namespaces are not used.")
 
@@ -57,7 +58,9 @@ class JobRequest(_Shape):
     messages: list[dict[str, Any]] | None = Field(
         None, description="The messages of a chat: a `role`, and what else the provider takes."
     )
-    tier: str | None = Field(None, description="Which models answer; else the fleet's default.")
+    tier: str | None = Field(
+        None, description='Which models answer; "auto" chooses; else the fleet\'s default.'
+    )
     model: str | None = Field(None, description="One model of the fleet instead of the tier's.")
     system: str | None = Field(None, description="The system message, put before the others.")
     max_tokens: int | None = Field(None, ge=1, description="Tokens of the answer at most.")
@@ -83,12 +86,42 @@ class JobRequest(_Shape):
         None, max_length=255, description="The same key with the same request is one job."
     )
     callback_url: str | None = Field(None, description="Where a signed message is posted.")
-    cache: bool | Literal["use", "refresh", "off"] | CacheShape | None = None
+    cache: bool | Literal["use", "refresh", "only", "off"] | CacheShape | None = None
     kind: JobKind | None = None
     on_unknown: OnUnknown | None = Field(
         None, description="When nobody knows whether a call was billed: again, or end as failed."
     )
     stream: bool | None = Field(None, description="Keep the tokens as they come, to be followed.")
+    service: Service | None = Field(
+        None, description="By a call of its own, or by its provider's batch API at half price."
+    )
+    limit_key: str | None = Field(
+        None, max_length=255, description="What it shares a rule of [limits] with."
+    )
+    concurrency_key: str | None = Field(
+        None, max_length=255, description="Jobs of the same key are bounded together."
+    )
+    session_id: str | None = Field(
+        None, max_length=255, description="Prompts of a session go to the same deployment."
+    )
+    attributes: dict[str, Any] | None = Field(
+        None, description='What you know of the prompt, for the tier "auto".'
+    )
+    complexity: Literal["low", "medium", "high"] | float | None = Field(
+        None, description='How hard it is, for the tier "auto": a word, or 1 to 10.'
+    )
+    escalate_on: bool | str | list[str] | dict[str, Any] | None = Field(
+        None, description="What is wrong with an answer, so that the next tier is asked."
+    )
+    context: str | dict[str, Any] | None = Field(
+        None, description="What is left out of a chat that is too long: a policy, or its options."
+    )
+    memory_id: str | None = Field(
+        None, max_length=255, description="The conversation that it is a turn of."
+    )
+    memory: dict[str, Any] | None = Field(
+        None, description="How much of its conversation it is told."
+    )
 
 
 class JobErrorShape(_Shape):

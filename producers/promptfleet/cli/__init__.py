@@ -8,13 +8,16 @@ import typer
 
 from promptfleet.cli import (
     api,
+    audit,
     callbacks,
     config,
+    cost,
     demo,
     doctor,
     environment_command,
     jobs,
     keys,
+    route,
     servers,
     status,
     submit,
@@ -39,6 +42,7 @@ _EXTRA_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command(rich_help_panel=_JOBS)(jobs.enqueue)
 app.command(rich_help_panel=_JOBS)(submit.submit)
+app.command(rich_help_panel=_JOBS)(audit.audit)
 app.command(rich_help_panel=_JOBS)(jobs.result)
 app.command(rich_help_panel=_JOBS)(jobs.cancel)
 app.command(rich_help_panel=_FLEET)(demo.demo)
@@ -47,7 +51,9 @@ app.command(rich_help_panel=_FLEET, context_settings=_EXTRA_ARGUMENTS)(servers.w
 app.command(rich_help_panel=_FLEET)(api.api)
 app.command(rich_help_panel=_FLEET)(servers.migrate)
 app.command(rich_help_panel=_CHECKS)(status.status)
+app.command(rich_help_panel=_CHECKS)(cost.cost)
 app.command(rich_help_panel=_CHECKS)(doctor.doctor)
+app.command(rich_help_panel=_CHECKS)(route.route)
 app.command("env", rich_help_panel=_CHECKS)(environment_command.env)
 app.add_typer(callbacks.app, name="callbacks", rich_help_panel=_CHECKS)
 app.add_typer(keys.app, name="keys", rich_help_panel=_CHECKS)

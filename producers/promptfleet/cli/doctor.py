@@ -135,6 +135,7 @@ def _schema(connection: Any, settings: Settings) -> Iterator[Finding]:
         yield _fail("schema", f"at {at}, not {version.newest}", "run: promptfleet migrate")
         return
     yield _ok("schema", f"at {version.current}, the newest")
+    yield _wall(connection)
     overdue = overdue_jobs(connection)
     if overdue:
         advice = "no worker's sweeper runs: start a worker"
@@ -142,6 +143,16 @@ def _schema(connection: Any, settings: Settings) -> Iterator[Finding]:
     else:
         yield _ok("deadlines", "no job is past its deadline")
     yield _callbacks(connection, settings)
+
+
+def _wall(connection: Any) -> Finding:
+    from promptfleet_shared.store.row_security import inspect_wall  # noqa: PLC0415  # slow
+
+    gap = inspect_wall(connection).gap
+    if gap is None:
+        return _ok("tenants", "row-level security is forced on every table")
+    advice = "statements alone keep tenants apart; run promptfleet migrate as one who may do more"
+    return _warn("tenants", gap, advice)
 
 
 def _callbacks(connection: Any, settings: Settings) -> Finding:
@@ -279,6 +290,8 @@ def _headers(deployment: Deployment) -> dict[str, str]:
     key = deployment.secret()
     if key and deployment.provider == "anthropic":
         headers |= {"x-api-key": key, "anthropic-version": "2023-06-01"}
+    elif key and deployment.provider == "gemini":
+        headers["x-goog-api-key"] = key
     elif key:
         headers["Authorization"] = f"Bearer {key}"
     return headers

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from promptfleet.cli.environment import DEFAULT_DATA_DIR, DataDir, open_client
 from promptfleet.cli.exits import ExitCode
 from promptfleet.cli.terminal import JsonFlag, complain, note, print_json, print_text
+from promptfleet.handles import PromptJob
 from promptfleet.options import PromptOptions
-from promptfleet_shared.errors import InvalidRequestError, JobNotFoundError, WaitTimeoutError
+from promptfleet_shared.errors import (
+    InvalidRequestError,
+    JobFailedError,
+    JobNotFoundError,
+    WaitTimeoutError,
+)
 from promptfleet_shared.jobs import JobState, OnUnknown, Result
 
 Timeout = Annotated[float | None, typer.Option("--timeout", min=0, help="Seconds to wait at most.")]
@@ -40,11 +46,17 @@ def enqueue(
         typer.Option(help="When a call was lost that may have been billed: retry, or fail."),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print it.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the answer as it comes; not with --json.")
+    ] = False,
     timeout: Timeout = None,
     as_json: JsonFlag = False,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
-    """Enqueue one prompt: prints its id, or with --wait its answer."""
+    """Enqueue one prompt: prints its id, or with --wait or --stream its answer."""
+    if stream and as_json:
+        msg = "--stream: prints text as it comes, which --json can't; --wait --json can wait"
+        raise typer.BadParameter(msg)
     options: PromptOptions = {
         "tier": tier,
         "model": model,
@@ -57,10 +69,13 @@ def enqueue(
         "metadata": _pairs(metadata or []),
         "cache": False if no_cache else None,
         "on_unknown": on_unknown,
+        "stream": stream or None,
     }
     with open_client(data_dir) as client:
         job = client.enqueue_prompt(sys.stdin.read() if prompt == "-" else prompt, **options)
-        if wait:
+        if stream:
+            _print_tokens(job, timeout)
+        elif wait:
             _wait(client.wait_for_result, job.id, timeout, as_json=as_json)
         elif as_json:
             print_json({"id": str(job.id), "tier": job.tier})
@@ -122,15 +137,41 @@ def as_record(found: Result) -> dict[str, Any]:
     return {"id": str(record.pop("job_id")), **record}
 
 
+def _print_tokens(job: PromptJob, timeout: float | None) -> None:
+    """Print the text as it comes; a try that broke off stays on the screen, marked as void."""
+    last = ""
+    tokens = job.tokens(timeout)
+    try:
+        for token in tokens:
+            if token.restarts and last:
+                print_text("")
+                note("The answer broke off; here it is from its beginning.")
+            last = token
+            sys.stdout.write(token)
+            sys.stdout.flush()
+    except JobFailedError:
+        _show(job.wait(), as_json=False)
+    except WaitTimeoutError:
+        _not_yet(job.id, timeout)
+    if not last and tokens.result is not None:
+        _show(tokens.result, as_json=False)
+    elif not last.endswith("\n"):
+        print_text("")
+
+
 def _wait(wait_for_result: Any, id_: Any, timeout: float | None, *, as_json: bool) -> None:
     try:
         found = wait_for_result(id_, timeout)
     except WaitTimeoutError:
         if as_json:
             print_json({"id": str(id_), "state": "not finished"})
-        note(f"Not finished within {timeout:g} s; it goes on: promptfleet result {id_} --wait")
-        raise typer.Exit(ExitCode.NOT_YET) from None
+        _not_yet(id_, timeout)
     _show(found, as_json=as_json)
+
+
+def _not_yet(id_: Any, timeout: float | None) -> NoReturn:
+    note(f"Not finished within {timeout:g} s; it goes on: promptfleet result {id_} --wait")
+    raise typer.Exit(ExitCode.NOT_YET) from None
 
 
 def _show(found: Result, *, as_json: bool) -> None:

@@ -77,6 +77,11 @@ def _total_cost(summaries: Sequence[TierSummary]) -> str:
     return money(sum(costs, Decimal(0)) if costs else None)
 
 
+def _total_saved(summaries: Sequence[TierSummary]) -> str:
+    saved = [s.cache_saved_usd for s in summaries if s.cache_saved_usd is not None]
+    return money(sum(saved, Decimal(0)) if saved else None)
+
+
 _ROWS: Sequence[tuple[str, _Cell, _Total]] = (
     ("jobs", *_count("jobs")),
     ("succeeded", *_count("succeeded")),
@@ -89,6 +94,7 @@ _ROWS: Sequence[tuple[str, _Cell, _Total]] = (
     ("queued ms p50 / p95", lambda summary: pair(summary.queued_ms), lambda _: ""),
     ("provider ms p50 / p95", lambda summary: pair(summary.provider_ms), lambda _: ""),
     ("cost in US dollars", lambda summary: money(summary.cost_usd), _total_cost),
+    ("saved by the cache", lambda summary: money(summary.cache_saved_usd), _total_saved),
 )
 
 
@@ -107,6 +113,9 @@ def summary_record(summary: TierSummary) -> Mapping[str, Any]:
         "queued_ms": _percentiles(summary.queued_ms),
         "provider_ms": _percentiles(summary.provider_ms),
         "cost_usd": None if summary.cost_usd is None else float(summary.cost_usd),
+        "cache_saved_usd": (
+            None if summary.cache_saved_usd is None else float(summary.cache_saved_usd)
+        ),
     }
 
 

@@ -45,7 +45,9 @@ def submit(
         ),
     ],
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Gets a row a success.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Gets a row a success.")
+    ] = None,
     errors: Annotated[
         Path | None, typer.Option(help="Gets a row a failure; by default OUTPUT.errors.jsonl.")
     ] = None,
@@ -73,6 +75,12 @@ def submit(
     with_response: Annotated[
         bool, typer.Option("--with-response", help="Rows carry the provider's whole response.")
     ] = False,
+    only_forecast: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check every line, say what it will cost, and submit nothing."
+        ),
+    ] = False,
     as_json: JsonFlag = False,
     data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
@@ -81,6 +89,12 @@ def submit(
     options = _given(
         tier=tier, model=model, system=system, max_tokens=max_tokens, temperature=temperature
     )
+    if only_forecast:
+        _check_tier(settings, tier)
+        _forecast(path, settings, options, keep_model=tier is None, as_json=as_json)
+        return
+    if output is None:
+        raise ConfigurationError("--output: a file for the results is needed, or --dry-run")
     identity = _identify(path, options, run_id)
     run = Run(
         id=identity.digest,
@@ -97,6 +111,17 @@ def submit(
         counts = _run(path, run, settings, results, failures, lines=identity.lines)
     _report(counts, run, output, errors, as_json=as_json)
     if counts.failed or counts.invalid:
+        raise typer.Exit(ExitCode.JOBS_FAILED)
+
+
+def _forecast(
+    path: str, settings: Settings, options: dict[str, Any], *, keep_model: bool, as_json: bool
+) -> None:
+    from promptfleet.cli.forecasts import dry_run  # noqa: PLC0415  # seldom needed
+
+    with _opened(path) as file:
+        found = dry_run(file, settings, options, keep_model=keep_model, as_json=as_json)
+    if found.invalid:
         raise typer.Exit(ExitCode.JOBS_FAILED)
 
 

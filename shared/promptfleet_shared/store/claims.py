@@ -17,6 +17,7 @@ from promptfleet_shared.jobs import (
     Doorbell,
     JobError,
     JobKind,
+    LostCall,
     OnUnknown,
     Release,
 )
@@ -28,11 +29,19 @@ DEADLINE_GRACE_S = 15.0
 """Seconds after its deadline that a job's lease can still be extended to: a worker that hangs must
 not keep it for ever."""
 
+CLAIMED_COLUMNS = """id, fence, tenant, tier, kind, model, request::text, input_tokens, priority,
+          cache, attempt, deferrals, calls, on_unknown,
+          greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
+          extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s, stream,
+          callback_url IS NOT NULL AS has_callback, crashes, policy,
+          decision, concurrency_key"""
+"""What `claimed_job` reads, in its order; of `jobs`."""
+
 # Locking in the order of ids, and passing over what somebody else is claiming this very moment,
 # makes any number of claimers free of deadlocks. `sweep_at` moves only where it would come later
 # than the lease ends: in the usual case no indexed column changes and Postgres updates in place.
 # A lapsed lease is the sweeper's to judge, and nobody else's: one place that counts what was lost.
-_CLAIM = sa.text("""
+_CLAIM = sa.text(f"""
 WITH runnable AS MATERIALIZED (
     SELECT id AS job_id FROM jobs
      WHERE id = ANY(CAST(:ids AS uuid[])) AND state = 'queued' AND run_at <= clock_timestamp()
@@ -44,13 +53,8 @@ UPDATE jobs SET state = 'running', fence = fence + 1, attempt = attempt + 1,
        lease_owner = :worker, lease_until = clock_timestamp() + :lease_s * interval '1 second',
        sweep_at = least(sweep_at, clock_timestamp() + :lease_s * interval '1 second')
   FROM runnable WHERE id = job_id
-RETURNING id, fence, tenant, tier, kind, model, request::text, input_tokens, priority, cache,
-          attempt, deferrals, calls, on_unknown,
-          greatest(0, extract(epoch FROM clock_timestamp() - run_at))::float8 * 1000 AS queued_ms,
-          extract(epoch FROM deadline - clock_timestamp())::float8 AS remaining_s, stream,
-          callback_url IS NOT NULL AS has_callback, crashes, policy,
-          decision
-""")
+RETURNING {CLAIMED_COLUMNS}
+""")  # noqa: S608 - nothing of a caller's
 
 # Beats come often, to hear of cancellations, but write only where a third of the lease is over:
 # a job that ends before then costs no write.
@@ -93,17 +97,20 @@ WITH input AS (
         job_id uuid, held_fence bigint, delay_s float8, counts boolean,
         calls int, unknown_calls int, error jsonb, tier text,
         decision jsonb, model text, provider text, deployment text, input_tokens int,
-        cached_tokens int, output_tokens int, reasoning_tokens int, cost_usd numeric)
+        cached_tokens int, output_tokens int, reasoning_tokens int, cost_usd numeric,
+        lost json, lost_calls int, lost_unknown_calls int)
 ), locked AS MATERIALIZED (
     SELECT id, jobs.tier AS was_tier, input.* FROM jobs JOIN input ON id = job_id
-     WHERE fence = held_fence AND state = 'running' ORDER BY id FOR UPDATE OF jobs
+     WHERE fence = held_fence AND state IN ('running', 'submitted')
+     ORDER BY id FOR UPDATE OF jobs
 ), released AS (
     UPDATE jobs SET state = 'queued', lease_owner = NULL, lease_until = NULL, claim_calls = 0,
            run_at = clock_timestamp() + locked.delay_s * interval '1 second',
            sweep_at = CASE WHEN cancel_requested THEN clock_timestamp() ELSE least(deadline,
                       clock_timestamp() + locked.delay_s * interval '1 second') END,
            attempt = attempt - CASE WHEN locked.counts THEN 0 ELSE 1 END,
-           deferrals = deferrals + CASE WHEN locked.counts THEN 0 ELSE 1 END,
+           deferrals = deferrals + CASE WHEN locked.counts OR locked.tier IS NOT NULL
+                                        THEN 0 ELSE 1 END,
            calls = jobs.calls + locked.calls,
            unknown_calls = jobs.unknown_calls + locked.unknown_calls,
            last_error = coalesce(locked.error, last_error),
@@ -111,18 +118,35 @@ WITH input AS (
            decision = CASE WHEN locked.decision IS NULL THEN jobs.decision
                            ELSE coalesce(jobs.decision, '{}') || locked.decision END
       FROM locked WHERE jobs.id = locked.id
-    RETURNING jobs.id, tenant, jobs.tier, priority, locked.calls, locked.unknown_calls,
+    RETURNING jobs.id, tenant, jobs.tier, priority, concurrency_key, locked.calls,
+              locked.unknown_calls,
               was_tier, locked.model, locked.provider, locked.deployment, locked.input_tokens,
-              cached_tokens, output_tokens, reasoning_tokens, cost_usd
+              cached_tokens, output_tokens, reasoning_tokens, cost_usd, metadata, lost,
+              lost_calls, lost_unknown_calls
 ), paid AS (
     INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls, model, provider, deployment,
-                        input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost_usd)
-    SELECT id, tenant, was_tier, calls, unknown_calls, model, provider, deployment,
+                        input_tokens, cached_tokens, output_tokens, reasoning_tokens, cost_usd,
+                        metadata)
+    SELECT id, tenant, was_tier, calls - coalesce(lost_calls, 0),
+           unknown_calls - coalesce(lost_unknown_calls, 0), model, provider, deployment,
            coalesce(input_tokens, 0), coalesce(cached_tokens, 0), coalesce(output_tokens, 0),
-           coalesce(reasoning_tokens, 0), cost_usd
-      FROM released WHERE calls > 0
+           coalesce(reasoning_tokens, 0), cost_usd, metadata
+      FROM released
+     WHERE calls > coalesce(lost_calls, 0) OR input_tokens + output_tokens > 0
+), wasted AS (
+    INSERT INTO ledger (job_id, tenant, tier, metadata, model, provider, deployment, calls,
+                        unknown_calls, input_tokens, cached_tokens, output_tokens,
+                        reasoning_tokens, cost_usd, estimated_usd, at_most_usd)
+    SELECT id, tenant, was_tier, metadata, l.model, l.provider, l.deployment, l.calls,
+           l.unknown_calls, l.input_tokens, l.cached_tokens, l.output_tokens, l.reasoning_tokens,
+           l.cost_usd, l.estimated_usd, l.at_most_usd
+      FROM released CROSS JOIN LATERAL json_to_recordset(lost) AS l (
+        model text, provider text, deployment text, calls int, unknown_calls int,
+        input_tokens int, cached_tokens int, output_tokens int, reasoning_tokens int,
+        cost_usd numeric, estimated_usd numeric, at_most_usd numeric)
+     WHERE lost IS NOT NULL
 )
-SELECT id, tier, priority FROM released
+SELECT id, tier, priority, tenant, concurrency_key FROM released
 """)
 
 _NO_CACHE_OPTIONS = CacheOptions()
@@ -143,10 +167,11 @@ def claim(
     # As one text: the driver would look up how to write each id by itself.
     array = "{" + ",".join([job_id.hex for job_id in ids]) + "}"
     rows = connection.execute(_CLAIM, {"ids": array, "worker": worker, "lease_s": lease_s})
-    return [_claimed(row) for row in rows.all()]  # fetching one by one costs twice as much
+    return [claimed_job(row) for row in rows.all()]  # fetching one by one costs twice as much
 
 
-def _claimed(row: Any) -> ClaimedJob:
+def claimed_job(row: Any) -> ClaimedJob:
+    """The job of a row that begins with `CLAIMED_COLUMNS`."""
     return ClaimedJob(
         id=row[0],
         fence=row[1],
@@ -169,6 +194,18 @@ def _claimed(row: Any) -> ClaimedJob:
         crashes=row[18],
         policy=row[19] or NO_POLICY,
         decision=row[20] or NO_POLICY,
+        concurrency_key=row[21],
+    )
+
+
+def doorbell(row: Any) -> Doorbell:
+    """The doorbell of a row that has the job's `tier`, `priority`, `tenant` and key."""
+    return Doorbell(
+        job_id=row.id,
+        tier=row.tier,
+        priority=row.priority,
+        tenant=row.tenant,
+        concurrency_key=row.concurrency_key,
     )
 
 
@@ -230,7 +267,7 @@ def release(connection: sa.Connection, releases: Iterable[Release]) -> list[Door
     """
     records = [_release_record(item) for item in releases]
     rows = connection.execute(_RELEASE, {"records": orjson.dumps(records).decode()})
-    return [Doorbell(job_id=row[0], tier=row[1], priority=row[2]) for row in rows]
+    return [doorbell(row) for row in rows]
 
 
 def _release_record(item: Release) -> dict[str, Any]:
@@ -245,6 +282,7 @@ def _release_record(item: Release) -> dict[str, Any]:
         "tier": item.tier,
         "decision": item.decision,
         **(_paid_record(item) if item.model is not None else _NOT_PAID),
+        **lost_record(item.lost),
     }
 
 
@@ -261,6 +299,37 @@ def _paid_record(item: Release) -> dict[str, Any]:
         "output_tokens": item.usage.output,
         "reasoning_tokens": item.usage.reasoning,
         "cost_usd": None if item.cost_usd is None else str(item.cost_usd),
+    }
+
+
+def lost_record(lost: Sequence[LostCall]) -> dict[str, Any]:
+    """The calls of a claim that gave no answer, as the statements that end claims read them."""
+    if not lost:
+        return _NOT_PAID
+    return {
+        "lost": [_lost_call(call) for call in lost],
+        "lost_calls": sum(call.calls for call in lost),
+        "lost_unknown_calls": sum(call.unknown_calls for call in lost),
+    }
+
+
+def _lost_call(call: LostCall) -> dict[str, Any]:
+    prices = {
+        "cost_usd": call.cost_usd,
+        "estimated_usd": call.estimated_usd,
+        "at_most_usd": call.at_most_usd,
+    }
+    return {
+        "model": call.model,
+        "provider": call.provider,
+        "deployment": call.deployment,
+        "calls": call.calls,
+        "unknown_calls": call.unknown_calls,
+        "input_tokens": call.usage.input,
+        "cached_tokens": call.usage.cached,
+        "output_tokens": call.usage.output,
+        "reasoning_tokens": call.usage.reasoning,
+        **{name: str(price) for name, price in prices.items() if price is not None},
     }
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import enum
 import uuid
 from typing import Any
 
 import sqlalchemy as sa
+
+from promptfleet_shared.store.deletions import Deletion
 
 CHUNK_BYTES = 256 * 1024
 UNFINISHED_S = 3600.0
@@ -102,14 +103,6 @@ WITH old AS MATERIALIZED (
      ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED)
 DELETE FROM files USING old WHERE id = file_id RETURNING id
 """)  # noqa: S608
-
-
-class Deletion(enum.Enum):
-    """What became of the wish to delete a file."""
-
-    DONE = enum.auto()
-    MISSING = enum.auto()
-    IN_USE = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

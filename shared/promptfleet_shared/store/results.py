@@ -17,24 +17,29 @@ from promptfleet_shared.jobs import (
 )
 from promptfleet_shared.store.tables import jobs, results
 
-# A queued job ends here and now; a running one is told so with its next heartbeat.
+# A queued job ends here and now, and so does one whose provider's batch is still gathering; a
+# running one is told so with its next heartbeat. What a provider may have already, the next sweep
+# ends: its call is counted, and its answer will be nobody's.
 _CANCEL = sa.text("""
 WITH locked AS MATERIALIZED (
-    SELECT id AS job_id FROM jobs
-     WHERE id = ANY(:ids) AND tenant = :tenant AND finished_at IS NULL ORDER BY id FOR UPDATE
+    SELECT id AS job_id,
+           state = 'queued' OR (state = 'submitted' AND claim_calls = 0) AS ends_now
+      FROM jobs WHERE id = ANY(:ids) AND tenant = :tenant AND finished_at IS NULL
+     ORDER BY id FOR UPDATE
 ), asked AS (
     UPDATE jobs SET cancel_requested = true,
-           state = CASE state WHEN 'queued' THEN 'cancelled' ELSE state END,
-           finished_at = CASE state WHEN 'queued' THEN clock_timestamp() END
+           state = CASE WHEN ends_now THEN 'cancelled' ELSE state END,
+           finished_at = CASE WHEN ends_now THEN clock_timestamp() END,
+           sweep_at = CASE WHEN state = 'submitted' THEN clock_timestamp() ELSE sweep_at END
       FROM locked WHERE id = job_id
     RETURNING id, tenant, tier, state, attempt, calls, unknown_calls, metadata, callback_url,
-              created_at, finished_at, batch_id
+              created_at, finished_at, batch_id, decision
 ), result AS (
     INSERT INTO results (job_id, tenant, tier, state, attempts, calls, unknown_calls, total_ms,
-                         metadata, created_at, finished_at, api_batch_id)
+                         metadata, created_at, finished_at, api_batch_id, decision)
     SELECT id, tenant, tier, state, attempt, calls, unknown_calls,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
-           finished_at, batch_id
+           finished_at, batch_id, decision
       FROM asked WHERE finished_at IS NOT NULL
 ), outbox AS (
     INSERT INTO callbacks (job_id, tenant, url, event)
@@ -121,4 +126,6 @@ def result_of(row: Any) -> Result:
         created_at=row.created_at,
         finished_at=row.finished_at,
         unknown_calls=row.unknown_calls,
+        decision=row.decision,
+        saved_usd=row.saved_usd,
     )

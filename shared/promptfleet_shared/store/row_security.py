@@ -32,16 +32,20 @@ KEY_POLICY = "promptfleet_key"
 _ALL = ("SELECT", "INSERT", "UPDATE", "DELETE")
 _GRANTS: dict[str, dict[str, tuple[str, ...]]] = {
     API_ROLE: {
-        "jobs": ("SELECT", "INSERT", "UPDATE"),
-        "results": ("SELECT", "INSERT"),  # who cancels a queued job writes its result
+        "jobs": _ALL,
+        "results": ("SELECT", "INSERT", "DELETE"),  # who cancels a queued job writes its result
         "ledger": ("SELECT",),
-        "callbacks": ("SELECT", "INSERT", "UPDATE"),
+        "callbacks": _ALL,
         "callback_endpoints": ("SELECT", "UPDATE", "DELETE"),
         "api_keys": ("SELECT", "INSERT", "UPDATE"),
         "files": _ALL,
         "file_chunks": _ALL,
         "batches": _ALL,
         "batch_lines": _ALL,
+        "provider_batches": ("SELECT",),
+        "provider_batch_lines": ("SELECT",),
+        "conversations": ("SELECT", "DELETE"),
+        "conversation_turns": ("SELECT", "DELETE"),
         "alembic_version": ("SELECT",),
     },
     WORKER_ROLE: {
@@ -54,9 +58,19 @@ _GRANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "file_chunks": _ALL,
         "batches": _ALL,
         "batch_lines": _ALL,
+        "provider_batches": _ALL,
+        "provider_batch_lines": _ALL,
+        "conversations": _ALL,
+        "conversation_turns": _ALL,
         "alembic_version": ("SELECT",),
     },
 }
+
+# They act as the tables' owner, who is let through the wall: nobody else may call them.
+_FUNCTIONS = (
+    "promptfleet_backlog(bigint)",
+    "promptfleet_claim_batches(text, double precision, integer)",
+)
 
 WALLED_TABLES = tuple(name for name in _GRANTS[API_ROLE] if name != "alembic_version")
 """Every table with a tenant."""
@@ -104,6 +118,12 @@ SELECT role, name, privilege
  WHERE NOT has_table_privilege(role, name, privilege)
 """)
 
+_FUNCTION_RIGHTS = sa.text("""
+SELECT name, has_function_privilege('public', name, 'EXECUTE') AS open,
+       has_function_privilege(:role, name, 'EXECUTE') AS granted
+  FROM unnest(CAST(:names AS text[])) AS f (name)
+""")
+
 _HIDDEN_SCHEMA = sa.text("""
 SELECT quote_ident(current_schema()) AS name, role FROM unnest(CAST(:roles AS text[])) AS r (role)
  WHERE NOT has_schema_privilege(role, current_schema(), 'USAGE')
@@ -117,15 +137,17 @@ class Wall:
     Attributes:
         missing_roles: Those of the three roles that are not there, and could not be made.
         shut_out: Owners of tables who would see nothing behind the wall.
+        open_tables: Tables with a tenant whose row-level security is not forced.
     """
 
     missing_roles: tuple[str, ...] = ()
     shut_out: tuple[str, ...] = ()
+    open_tables: tuple[str, ...] = ()
 
     @property
     def stands(self) -> bool:
         """True if every table with a tenant is behind it."""
-        return not self.missing_roles and not self.shut_out
+        return not self.missing_roles and not self.shut_out and not self.open_tables
 
     @property
     def gap(self) -> str | None:
@@ -134,6 +156,8 @@ class Wall:
             return f"this login may not make the roles {', '.join(self.missing_roles)}"
         if self.shut_out:
             return f"{', '.join(self.shut_out)} owns tables and is no member of {MIGRATOR_ROLE}"
+        if self.open_tables:
+            return f"row-level security is not forced on {', '.join(self.open_tables)}"
         return None
 
 
@@ -146,16 +170,28 @@ def raise_wall(connection: sa.Connection) -> Wall:
     """
     for role in ROLES:
         connection.execute(sa.text(_MAKE_ROLE.format(role=role)))
+    wall = inspect_wall(connection)
+    if wall.missing_roles or wall.shut_out:
+        return wall
+    for statement in (
+        *_missing_walls(connection),
+        *_missing_grants(connection),
+        *_missing_function_rights(connection),
+    ):
+        connection.execute(sa.text(statement))
+    return Wall()
+
+
+def inspect_wall(connection: sa.Connection) -> Wall:
+    """Whether the wall stands; changes nothing."""
     missing = tuple(connection.execute(_MISSING_ROLES, {"roles": list(ROLES)}).scalars())
     if missing:
         return Wall(missing_roles=missing)
     tables = {"tables": list(WALLED_TABLES)}
     owners = {**tables, "migrator": MIGRATOR_ROLE, "worker": WORKER_ROLE}
-    if shut_out := tuple(connection.execute(_SHUT_OUT, owners).scalars()):
-        return Wall(shut_out=shut_out)
-    for statement in (*_missing_walls(connection), *_missing_grants(connection)):
-        connection.execute(sa.text(statement))
-    return Wall()
+    shut_out = tuple(connection.execute(_SHUT_OUT, owners).scalars())
+    states = connection.execute(_STATE, tables)
+    return Wall(shut_out=shut_out, open_tables=tuple(row[0] for row in states if not row.forced))
 
 
 def _missing_walls(connection: sa.Connection) -> Iterator[str]:
@@ -192,3 +228,12 @@ def _missing_grants(connection: sa.Connection) -> Iterator[str]:
         yield f"GRANT {privilege} ON {table} TO {role}"
     for schema, role in connection.execute(_HIDDEN_SCHEMA, {"roles": [API_ROLE, WORKER_ROLE]}):
         yield f"GRANT USAGE ON SCHEMA {schema} TO {role}"
+
+
+def _missing_function_rights(connection: sa.Connection) -> Iterator[str]:
+    parameters = {"names": list(_FUNCTIONS), "role": API_ROLE}
+    for name, is_open, granted in connection.execute(_FUNCTION_RIGHTS, parameters):
+        if is_open:
+            yield f"REVOKE EXECUTE ON FUNCTION {name} FROM PUBLIC"
+        if is_open or not granted:
+            yield f"GRANT EXECUTE ON FUNCTION {name} TO {API_ROLE}, {MIGRATOR_ROLE}"

@@ -19,10 +19,11 @@ class TierSummary:
     Attributes:
         batches: Claimed batches that the finished jobs came from.
         mean_batch_size: Jobs a batch as claimed.
-        cached: Jobs answered without a call of their own (hits and coalesced).
+        cached: Jobs answered without a call of their own (hits, coalesced, and by meaning).
         cost_usd: US dollars, of the calls whose price is known.
         queued_ms: p50 and p95 of the wait for the claim.
         provider_ms: p50 and p95 of the provider's time, over jobs that called.
+        cache_saved_usd: US dollars that the answers from the cache would have cost.
     """
 
     tier: str
@@ -37,12 +38,14 @@ class TierSummary:
     queued_ms: tuple[float, float]
     provider_ms: tuple[float, float] | None
     cost_usd: Decimal | None
+    cache_saved_usd: Decimal | None = None
 
 
 _SUMMARY = sa.text("""
 SELECT tier, count(*) AS jobs, count(*) FILTER (WHERE state = 'succeeded') AS succeeded,
        count(DISTINCT batch_id) AS batches,
-       count(*) FILTER (WHERE cache IN ('hit', 'coalesced')) AS cached,
+       count(*) FILTER (WHERE cache IN ('hit', 'coalesced', 'semantic')) AS cached,
+       sum(saved_usd) FILTER (WHERE cache IN ('hit', 'coalesced', 'semantic')) AS cache_saved_usd,
        sum(calls)::bigint AS calls, sum(input_tokens)::bigint AS input_tokens,
        sum(output_tokens)::bigint AS output_tokens, sum(cost_usd) AS cost_usd,
        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY queued_ms) AS queued,
@@ -94,6 +97,7 @@ def tier_summaries(
             queued_ms=(row.queued[0], row.queued[1]),
             provider_ms=None if row.provider is None else (row.provider[0], row.provider[1]),
             cost_usd=row.cost_usd,
+            cache_saved_usd=row.cache_saved_usd,
         )
         for row in rows
     ]

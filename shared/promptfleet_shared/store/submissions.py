@@ -23,15 +23,16 @@ WITH input AS (
         id uuid, tenant text, tier text, kind text, model text, request text, input_tokens int,
         priority smallint, cache jsonb, metadata jsonb, idempotency_key text,
         request_digest text, callback_url text, on_unknown text, stream boolean, batch_id uuid,
-        policy jsonb, concurrency_key text, deadline_s float8)
+        policy jsonb, concurrency_key text, decision jsonb, deadline_s float8)
 ), clock AS MATERIALIZED (SELECT clock_timestamp() AS now)
 INSERT INTO jobs (id, tenant, tier, kind, model, request, input_tokens, priority, cache, metadata,
                   idempotency_key, request_digest, callback_url, on_unknown, stream, batch_id,
-                  policy, concurrency_key, created_at, run_at, rung_at, deadline, sweep_at)
+                  policy, concurrency_key, decision, created_at, run_at, rung_at, deadline,
+                  sweep_at)
 SELECT id, tenant, tier, kind, model, CAST(request AS json), input_tokens, priority, cache,
        metadata, idempotency_key, decode(request_digest, 'hex'), callback_url,
        coalesce(on_unknown, 'retry'), coalesce(stream, false), batch_id, policy,
-       concurrency_key, now, now, now,
+       concurrency_key, decision, now, now, now,
        now + deadline_s * interval '1 second',
        now + least(deadline_s, :ring_grace_s) * interval '1 second'
   FROM input, clock
@@ -94,13 +95,22 @@ def give_up_soon(connection: sa.Connection) -> None:
 
 def request_digest(spec: JobSpec) -> str:
     """What makes two submissions under one idempotency key the same request."""
-    facts: list[object] = [spec.tier, spec.kind, spec.model, spec.callback_url, spec.metadata]
+    tier = asked_tier(spec)
+    facts: list[object] = [tier, spec.kind, spec.model, spec.callback_url, spec.metadata]
     if spec.on_unknown is not OnUnknown.RETRY:  # else digests of earlier versions would change
         facts.append(spec.on_unknown)
     if spec.policy or spec.concurrency_key:
         facts.append([spec.policy, spec.concurrency_key])
     dumped = orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(dumped + b"\0" + spec.request).hexdigest()
+
+
+def asked_tier(spec: JobSpec) -> str:
+    """The tier that was asked for: the choice for `auto` may differ when it is made again."""
+    if spec.decision is None:
+        return spec.tier
+    asked: str = spec.decision.get("tier", {}).get("asked", spec.tier)
+    return asked
 
 
 def _key(spec: JobSpec) -> tuple[str, str | None]:
@@ -173,6 +183,7 @@ def _record(spec: JobSpec, digest: str | None) -> dict[str, Any]:
         "batch_id": spec.batch_id,
         "policy": spec.policy,
         "concurrency_key": spec.concurrency_key,
+        "decision": spec.decision,
     }
     record.update((name, value) for name, value in optional.items() if value is not None)
     return record

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Collection
 
 import sqlalchemy as sa
 
 from promptfleet_shared.jobs import Doorbell
+from promptfleet_shared.store.claims import doorbell
 
 MAX_CRASHES = 3
 """Lost leases after which a job is taken for the cause: `failed`, code `poison`."""
@@ -21,14 +23,21 @@ WITH due AS MATERIALIZED (
     SELECT id AS job_id, state = 'running' AND lease_until < clock_timestamp() AS lapsed,
            -- What a lost claim had begun to call may have been answered, and billed.
            CASE WHEN state = 'running' AND lease_until < clock_timestamp()
+                  OR state = 'submitted' AND (cancel_requested OR deadline <= clock_timestamp()
+                     OR run_at <= clock_timestamp() AND on_unknown <> 'fail')
                 THEN claim_calls ELSE 0 END AS charged, CASE
                WHEN state = 'running' AND lease_until >= clock_timestamp() THEN 'alive'
-               WHEN state = 'submitted' AND deadline > clock_timestamp() THEN 'alive'
                WHEN cancel_requested THEN 'cancelled'
                WHEN deadline <= clock_timestamp() THEN 'expired'
                WHEN state = 'running' AND crashes + 1 >= :max_crashes THEN 'poison'
                WHEN state = 'running' AND on_unknown = 'fail' AND claim_calls > 0 THEN 'unknown'
                WHEN state = 'running' THEN 'lost'
+               -- `run_at` is when a provider's batch has had it for long enough. What must not be
+               -- called twice waits on, once the provider may have it.
+               WHEN state = 'submitted' AND (run_at > clock_timestamp()
+                    OR on_unknown = 'fail' AND claim_calls > 0) THEN 'alive'
+               WHEN state = 'submitted' THEN 'spill'
+               WHEN id = ANY(CAST(:parked AS uuid[])) THEN 'parked'
                ELSE 'ring' END AS verdict
       FROM jobs WHERE finished_at IS NULL AND sweep_at <= clock_timestamp()
      ORDER BY sweep_at LIMIT :limit FOR UPDATE SKIP LOCKED
@@ -40,15 +49,20 @@ WITH due AS MATERIALIZED (
            finished_at = CASE WHEN verdict IN ('cancelled', 'expired', 'poison', 'unknown')
                          THEN clock_timestamp() END,
            calls = calls + charged, unknown_calls = unknown_calls + charged,
-           claim_calls = CASE WHEN lapsed THEN 0 ELSE claim_calls END,
-           -- A lost lease counts as a crash and not as an attempt.
-           crashes = crashes + CAST(lapsed AS int), attempt = attempt - CAST(lapsed AS int),
+           claim_calls = CASE WHEN verdict = 'alive' THEN claim_calls ELSE 0 END,
+           -- A lost lease counts as a crash and not as an attempt; what a provider's batch was too
+           -- slow for is neither.
+           crashes = crashes + CAST(lapsed AS int),
+           attempt = attempt - CAST(lapsed OR verdict = 'spill' AS int),
+           deferrals = deferrals + CAST(verdict = 'spill' AS int),
            -- A lost claim is fenced off at once, so that a zombie's late result can't land.
-           fence = fence + CAST(lapsed AS int),
+           fence = fence + CAST(lapsed OR verdict = 'spill' AS int),
+           policy = CASE WHEN verdict = 'spill'
+                    THEN coalesce(policy, '{}') || '{"service": "standard"}' ELSE policy END,
            lease_owner = CASE WHEN verdict = 'alive' THEN lease_owner END,
            lease_until = CASE WHEN verdict = 'alive' THEN lease_until END,
-           rings = rings + CASE WHEN verdict IN ('ring', 'lost') THEN 1 ELSE 0 END,
-           rung_at = CASE WHEN verdict IN ('ring', 'lost') THEN clock_timestamp()
+           rings = rings + CASE WHEN verdict IN ('ring', 'lost', 'spill') THEN 1 ELSE 0 END,
+           rung_at = CASE WHEN verdict IN ('ring', 'lost', 'spill') THEN clock_timestamp()
                      ELSE rung_at END,
            last_error = CASE verdict WHEN 'poison' THEN jsonb_build_object(
                 'code', 'poison', 'message', 'the job''s worker was lost too often')
@@ -57,41 +71,55 @@ WITH due AS MATERIALIZED (
                 WHEN 'expired' THEN jsonb_build_object(
                 'code', 'expired', 'message', 'the deadline passed before the job succeeded')
                 ELSE last_error END,
-           sweep_at = CASE verdict WHEN 'alive' THEN coalesce(lease_until, deadline)
+           sweep_at = CASE verdict WHEN 'alive' THEN coalesce(lease_until, CASE
+                     WHEN run_at > clock_timestamp() THEN least(run_at, deadline)
+                     ELSE deadline END)
+                -- Its doorbell waits its turn, and is not lost.
+                WHEN 'parked' THEN least(deadline,
+                     clock_timestamp() + interval '1 second' * :backoff_max_s)
                 ELSE least(deadline, clock_timestamp() + interval '1 second' *
                      least(:backoff_max_s, :backoff_s * 2 ^ least(rings, 10))) END
       FROM due WHERE id = job_id
     RETURNING jobs.*, verdict, charged
 ), result AS (
     INSERT INTO results (job_id, tenant, tier, state, error, attempts, calls, unknown_calls,
-                         total_ms, metadata, created_at, finished_at, api_batch_id)
+                         total_ms, metadata, created_at, finished_at, api_batch_id, decision)
     SELECT id, tenant, tier, state, CASE WHEN state <> 'cancelled' THEN last_error END, attempt,
            calls, unknown_calls,
            extract(epoch FROM finished_at - created_at)::float8 * 1000, metadata, created_at,
-           finished_at, batch_id
+           finished_at, batch_id, decision
       FROM moved WHERE finished_at IS NOT NULL
 ), paid AS (
-    INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls)
-    SELECT id, tenant, tier, charged, charged FROM moved WHERE charged > 0
+    INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls, metadata)
+    SELECT id, tenant, tier, charged, charged, metadata FROM moved WHERE charged > 0
 ), outbox AS (
     INSERT INTO callbacks (job_id, tenant, url, event)
     SELECT id, tenant, callback_url, 'prompt.' || state
       FROM moved WHERE finished_at IS NOT NULL AND callback_url IS NOT NULL
 )
-SELECT id, tier, priority, verdict, charged FROM moved
+SELECT id, tier, priority, tenant, concurrency_key, verdict, charged FROM moved
 """).bindparams(max_crashes=MAX_CRASHES, backoff_s=RING_BACKOFF_S, backoff_max_s=RING_BACKOFF_MAX_S)
 
 # For a tier whose queue is empty although jobs are due: their doorbells are lost (or under way,
 # which the few seconds since the last ring rule out), so nobody waits for the back-off.
-_RING_IDLE = sa.text("""
+_RING_IDLE = """
 WITH silent AS MATERIALIZED (
     SELECT id AS job_id FROM jobs
      WHERE finished_at IS NULL AND state = 'queued' AND tier = :tier AND NOT cancel_requested
        AND run_at <= clock_timestamp()
        AND rung_at < clock_timestamp() - :silence_s * interval '1 second'
-     ORDER BY sweep_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+     ORDER BY sweep_at {order} LIMIT :limit FOR UPDATE SKIP LOCKED)
 UPDATE jobs SET rings = rings + 1, rung_at = clock_timestamp() FROM silent WHERE id = job_id
-RETURNING id, tier, priority
+RETURNING id, tier, priority, tenant, concurrency_key
+"""
+_RING_OLDEST, _RING_NEWEST = (sa.text(_RING_IDLE.format(order=o)) for o in ("ASC", "DESC"))
+
+# What a sweep would ring for: asked before, where doorbells are known to wait their turn.
+_SILENT = sa.text("""
+SELECT id, tier, priority, tenant, concurrency_key FROM jobs
+ WHERE finished_at IS NULL AND sweep_at <= clock_timestamp() AND state = 'queued'
+   AND NOT cancel_requested AND deadline > clock_timestamp()
+ ORDER BY sweep_at LIMIT :limit
 """)
 
 _PRUNE = sa.text("""
@@ -121,8 +149,10 @@ class Sweep:
     Attributes:
         doorbells: What to ring now.
         verdicts: How many jobs got each verdict: alive, ring, lost, poison, unknown, cancelled,
-            expired.
-        unknown_calls: Calls that lost claims had begun: nobody knows what became of them.
+            expired, parked (its doorbell waits its turn), spill (taken back from a provider's
+            batch).
+        unknown_calls: Calls that lost claims had begun, or that a provider's batch may have made:
+            nobody knows what became of them.
     """
 
     doorbells: list[Doorbell]
@@ -130,25 +160,48 @@ class Sweep:
     unknown_calls: int = 0
 
 
-def sweep(connection: sa.Connection, *, limit: int = 500) -> Sweep:
-    """Judge up to `limit` jobs whose timer is due; the caller commits, then rings."""
+def overdue_doorbells(connection: sa.Connection, *, limit: int = 500) -> list[Doorbell]:
+    """Whom a sweep of up to `limit` jobs would ring for, unless they are parked."""
+    return [doorbell(row) for row in connection.execute(_SILENT, {"limit": limit})]
+
+
+def sweep(
+    connection: sa.Connection, *, limit: int = 500, parked: Collection[uuid.UUID] = ()
+) -> Sweep:
+    """Judge up to `limit` jobs whose timer is due; the caller commits, then rings.
+
+    Args:
+        connection: In a transaction.
+        limit: Jobs at most.
+        parked: Jobs whose doorbells wait their turn: they are looked at again later.
+    """
     doorbells: list[Doorbell] = []
     verdicts: dict[str, int] = {}
     unknown_calls = 0
-    for row in connection.execute(_SWEEP, {"limit": limit}):
+    for row in connection.execute(_SWEEP, {"limit": limit, "parked": list(parked)}):
         verdicts[row.verdict] = verdicts.get(row.verdict, 0) + 1
         unknown_calls += row.charged
-        if row.verdict in {"ring", "lost"}:
-            doorbells.append(Doorbell(job_id=row.id, tier=row.tier, priority=row.priority))
+        if row.verdict in {"ring", "lost", "spill"}:
+            doorbells.append(doorbell(row))
     return Sweep(doorbells=doorbells, verdicts=verdicts, unknown_calls=unknown_calls)
 
 
 def silent_doorbells(
-    connection: sa.Connection, tier: str, *, silence_s: float = 5.0, limit: int = 1000
+    connection: sa.Connection,
+    tier: str,
+    *,
+    silence_s: float = 5.0,
+    limit: int = 1000,
+    newest: bool = False,
 ) -> list[Doorbell]:
-    """Due jobs of a tier that nobody rang for in `silence_s` seconds, marked as rung."""
-    rows = connection.execute(_RING_IDLE, {"tier": tier, "silence_s": silence_s, "limit": limit})
-    return [Doorbell(job_id=row.id, tier=row.tier, priority=row.priority) for row in rows]
+    """Due jobs of a tier that nobody rang for in `silence_s` seconds, marked as rung.
+
+    Those whose timer is due first; with `newest` those whose is last: so that a job behind a long
+    backlog needs not wait until all of that is rung for.
+    """
+    statement = _RING_NEWEST if newest else _RING_OLDEST
+    rows = connection.execute(statement, {"tier": tier, "silence_s": silence_s, "limit": limit})
+    return [doorbell(row) for row in rows]
 
 
 def prune(connection: sa.Connection, *, floor: uuid.UUID, age_s: float, limit: int = 1000) -> int:

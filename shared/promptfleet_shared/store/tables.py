@@ -20,6 +20,14 @@ BATCH_STATES = (
     "cancelling",
     "cancelled",
 )
+PROVIDER_BATCH_STATES = (
+    "gathering",
+    "preparing",
+    "submitting",
+    "unknown",
+    "submitted",
+    "ended",
+)
 KEY_SCOPES = ("submit", "read", "admin")
 
 metadata = sa.MetaData(
@@ -129,6 +137,14 @@ jobs = sa.Table(
     ),
     sa.Index("jobs_tenant_idx", "tenant", "id"),
     sa.Index("jobs_batch_idx", "batch_id", postgresql_where=sa.text("batch_id IS NOT NULL")),
+    # The unfinished jobs of a conversation, in the order of submission.
+    sa.Index(
+        "jobs_memory_idx",
+        "tenant",
+        sa.text("(policy ->> 'memory_id')"),
+        "id",
+        postgresql_where=sa.text("(policy ->> 'memory_id') IS NOT NULL AND finished_at IS NULL"),
+    ),
 )
 
 # No foreign key to jobs: its check would take a row lock on the job that the same statement has
@@ -195,6 +211,12 @@ ledger = sa.Table(
     *_usage(),
     sa.Column("cost_usd", sa.Numeric),
     _instant("at"),
+    # By our own estimate, where a part of an answer came and the provider's count did not.
+    sa.Column("estimated_usd", sa.Numeric),
+    # What calls may have cost at most of which nobody knows what the provider did.
+    sa.Column("at_most_usd", sa.Numeric),
+    # The job's, which is pruned long before its ledger.
+    sa.Column("metadata", pg.JSONB),
     sa.Index("ledger_at_idx", "at", postgresql_using="brin"),
     sa.Index("ledger_tenant_idx", "tenant", "at"),
 )
@@ -385,4 +407,103 @@ batch_lines = sa.Table(
     sa.Column("error", pg.JSONB),
     sa.PrimaryKeyConstraint("batch_id", "n", name="batch_lines_pkey"),
     sa.Index("batch_lines_custom_idx", "batch_id", "custom_id", unique=True),
+)
+
+# Batches that a provider's own batch API has, or is about to be given; who moves one on holds its
+# lease. A batch that waits has its lease end when somebody should look again.
+provider_batches = sa.Table(
+    "provider_batches",
+    metadata,
+    sa.Column("id", pg.UUID, primary_key=True),
+    _text("tenant"),
+    _text("deployment"),
+    _text("kind"),
+    # As the deployment calls it.
+    _text("model"),
+    _text("state", default="gathering"),
+    # Of what was ever attached; `sent` is what the provider gets.
+    _counter("lines"),
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"),
+    _counter("sent"),
+    _counter("tries"),
+    _text("file_id", nullable=True),
+    _text("provider_id", nullable=True),
+    sa.Column("cancel_sent", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("error", pg.JSONB),
+    _instant("created_at"),
+    # Written before the provider is asked to make it.
+    _instant("submitting_at", nullable=True),
+    # When it was noticed that nobody knows whether the provider made it.
+    _instant("unknown_at", nullable=True),
+    _instant("submitted_at", nullable=True),
+    _instant("ended_at", nullable=True),
+    _text("lease_owner", nullable=True),
+    _instant("lease_until"),
+    _one_of("state", PROVIDER_BATCH_STATES),
+    sa.CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)", name="ended"),
+    sa.Index(
+        "provider_batches_gathering_idx",
+        "tenant",
+        "deployment",
+        "kind",
+        "model",
+        unique=True,
+        postgresql_where=sa.text("state = 'gathering'"),
+    ),
+    sa.Index(
+        "provider_batches_due_idx", "lease_until", postgresql_where=sa.text("state <> 'ended'")
+    ),
+    sa.Index("provider_batches_provider_idx", "deployment", "provider_id"),
+)
+
+# A claim that was given to a provider's batch: its job, under that claim's fence. Gone once the
+# batch has ended.
+provider_batch_lines = sa.Table(
+    "provider_batch_lines",
+    metadata,
+    sa.Column("job_id", pg.UUID, nullable=False),
+    sa.Column("fence", sa.BigInteger, nullable=False),
+    sa.Column("batch_id", pg.UUID, nullable=False),
+    _text("tenant"),
+    # Where what is sent is not the job's own request, to the letter.
+    sa.Column("request", pg.JSON),
+    _text("cache_key", nullable=True),
+    sa.Column("queued_ms", sa.Float, nullable=False, server_default="0"),
+    sa.Column("sent", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.PrimaryKeyConstraint("job_id", "fence", name="provider_batch_lines_pkey"),
+    sa.Index("provider_batch_lines_batch_idx", "batch_id", "job_id"),
+)
+
+# Conversations that jobs with a `memory_id` take part in; see `conversations`.
+conversations = sa.Table(
+    "conversations",
+    metadata,
+    _text("tenant"),
+    _text("memory_id"),
+    # The number of the last turn.
+    sa.Column("turns", sa.BigInteger, nullable=False, server_default="0"),
+    _text("summary", nullable=True),
+    # The number of the last turn that the summary tells of.
+    sa.Column("summarised", sa.BigInteger, nullable=False, server_default="0"),
+    # The claim whose turn it is: it holds the conversation as long as it holds the job.
+    sa.Column("holder", pg.UUID),
+    sa.Column("holder_fence", sa.BigInteger),
+    _instant("created_at"),
+    _instant("updated_at"),
+    sa.PrimaryKeyConstraint("tenant", "memory_id", name="conversations_pkey"),
+    sa.Index("conversations_updated_idx", "updated_at"),
+)
+
+conversation_turns = sa.Table(
+    "conversation_turns",
+    metadata,
+    _text("tenant"),
+    _text("memory_id"),
+    sa.Column("n", sa.BigInteger, nullable=False),
+    sa.Column("job_id", pg.UUID, nullable=False),
+    sa.Column("messages", pg.JSON, nullable=False),
+    # So that the newest turns can be counted without reading them.
+    sa.Column("bytes", sa.Integer, nullable=False),
+    _instant("created_at"),
+    sa.PrimaryKeyConstraint("tenant", "memory_id", "n", name="conversation_turns_pkey"),
 )

@@ -76,16 +76,18 @@ class AnthropicProvider:
         if call.stream:
             return [await self._streamed(call, write_json({**fields, "stream": True}))]
         body = write_json(fields)
-        response = await self._client.post(self._endpoint, body, call.timeouts)
-        return [_completion(call, read_answer(response), response.body)]
+        response = await self._client.post(
+            self._endpoint, body, call.timeouts, on_headers=call.on_headers
+        )
+        return [completion_of(call, read_answer(response), response.body)]
 
     async def _streamed(self, call: Call, body: bytes) -> Completion:
         """The same by way of an event stream."""
-        assembly = MessageAssembly(on_text=call.on_text)
+        assembly = MessageAssembly(on_text=call.on_text, received=call.received)
         data, response = await read_streamed(
-            self._client, self._endpoint, body, call.timeouts, assembly
+            self._client, self._endpoint, body, call.timeouts, assembly, call.on_headers
         )
-        return _completion(call, data, response)
+        return completion_of(call, data, response)
 
     async def aclose(self) -> None:
         """Nothing to give back: the client belongs to whoever made it."""
@@ -276,13 +278,18 @@ def _tool_choice(choice: Any, parallel: bool | None) -> _Json:  # noqa: FBT001 -
 # -- the answer ------------------------------------------------------------------------------
 
 
-def _completion(call: Call, data: _Json, body: bytes) -> Completion:
+def completion_of(call: Call, data: _Json, body: bytes) -> Completion:
+    """What one request's whole answer says, however it came.
+
+    Raises:
+        ProviderError: It is no whole answer.
+    """
     content = data.get("content")
     if not isinstance(content, list):
         raise bad_response("the answer has no content")
     finish_reason = name(data.get("stop_reason"))
     if finish_reason is None:
-        raise truncated()
+        raise truncated(usage=_usage(data.get("usage")))
     texts = [
         block["text"]
         for block in content

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from promptfleet_workers.providers.responses import bad_response, read_json, truncated
+from promptfleet_workers.providers.protocol import Received
+from promptfleet_workers.providers.responses import bad_response, read_json, tokens, truncated
 from promptfleet_workers.providers.sse import Event
 from promptfleet_workers.providers.streams import OnText, Parts, TextTap, Weight, decoded
 
@@ -15,8 +16,9 @@ _ENTRY_BYTES = 100
 class MessageAssembly:
     """Puts the events of a message's stream together."""
 
-    def __init__(self, *, on_text: OnText | None = None) -> None:
+    def __init__(self, *, on_text: OnText | None = None, received: Received | None = None) -> None:
         """Expect the first event; `on_text` hears the text as it comes."""
+        self._received = received
         self._tap = TextTap(on_text)
         self._message: _Json | None = None
         self._usage: _Json = {}
@@ -75,6 +77,17 @@ class MessageAssembly:
         """Later counts replace earlier ones; what they leave out stays."""
         if type(usage) is dict:
             self._usage.update({name: value for name, value in usage.items() if value is not None})
+            if self._received is not None:
+                self._received.cached = tokens(self._usage.get("cache_read_input_tokens"))
+                self._received.input = (
+                    tokens(self._usage.get("input_tokens"))
+                    + self._received.cached
+                    + tokens(self._usage.get("cache_creation_input_tokens"))
+                )
+
+    def _hear(self, text: str) -> None:
+        if self._received is not None:
+            self._received.hear(text)
 
     def _start_block(self, index: int, block: _Json, weight: int) -> None:
         self._weight.add(weight)
@@ -82,6 +95,7 @@ class MessageAssembly:
         text = block.get("text")
         if type(text) is str and text:
             self._tap(text)
+            self._hear(text)
         self.has_begun = True
 
     def _grow(self, index: int, delta: _Json, weight: int) -> None:
@@ -96,6 +110,7 @@ class MessageAssembly:
             text = delta.get("partial_json")
             if type(text) is str:
                 self._inputs.setdefault(index, Parts()).append(text)
+                self._hear(text)
                 self._weight.add(len(text))
         elif kind == "citations_delta":
             self._weight.add(weight)
@@ -118,6 +133,8 @@ class MessageAssembly:
                 current = block[name] = Parts([current] if type(current) is str else [])
             current.append(value)
             self._weight.add(len(value))
+            if name != "signature":
+                self._hear(value)
             if name == "text":
                 self._tap(value)
 

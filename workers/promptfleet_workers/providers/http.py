@@ -8,8 +8,9 @@ choice of the client is this module's alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import aiohttp
@@ -40,6 +41,66 @@ class HttpResponse:
     status: int
     headers: httpx.Headers
     body: bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """A request that is too large, or whose response is, to be held at once.
+
+    Attributes:
+        pieces: Gives the body, `size` bytes of it, anew each time; None for none.
+    """
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    size: int = 0
+    pieces: Callable[[], AsyncIterator[bytes]] | None = None
+
+
+class OpenResponse:
+    """A response whose body is still to come."""
+
+    def __init__(self, response: httpx.Response, idle_s: float) -> None:
+        """Read nothing yet; a piece may be `idle_s` seconds away."""
+        self._response = response
+        self._idle_s = idle_s
+        self.status = response.status_code
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The decoded body, a piece at a time.
+
+        Raises:
+            ProviderError: It stalls, breaks off or can't be decoded.
+        """
+        inflater = _inflater(_encoding(self._response))
+        stream = aiter(cast("httpx.AsyncByteStream", self._response.stream))
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_s):
+                    piece = await anext(stream, None)
+            except TimeoutError:
+                raise _late() from None
+            except (httpx.TransportError, aiohttp.ClientError, OSError) as error:
+                raise _connection_failure(error) from None
+            if piece is None:
+                break
+            for plain in (piece,) if inflater is None else inflater.feed(piece):
+                yield plain
+        if inflater is not None and not inflater.is_whole:
+            message = "the compressed response ends too early"
+            raise ProviderError(message, code="connection_lost", unknown_outcome=True)
+
+    async def read(self) -> HttpResponse:
+        """The whole of it, which must not be long."""
+        pieces = []
+        size = 0
+        async for piece in self.pieces():
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_RESPONSE_BYTES:
+                raise _too_large()
+        return HttpResponse(self.status, self._response.headers, b"".join(pieces))
 
 
 class _Post(httpx.Request):
@@ -90,7 +151,12 @@ class HttpClient:
         self._alarms = Alarms()
 
     async def post(
-        self, endpoint: Endpoint, body: bytes, timeouts: TimeoutOptions, take: Take | None = None
+        self,
+        endpoint: Endpoint,
+        body: bytes,
+        timeouts: TimeoutOptions,
+        take: Take | None = None,
+        on_headers: Callable[[Mapping[str, str]], None] | None = None,
     ) -> HttpResponse:
         """Send `body` and read the whole response; the total time is the caller's to bound.
 
@@ -100,6 +166,7 @@ class HttpClient:
             timeouts: Of these, the connection's, the first byte's and the idle one.
             take: Given the pieces of an event stream as they come, decoded; such a response has
                 no body afterwards. Whatever is no event stream is read whole.
+            on_headers: Hears the response's headers before its body comes.
 
         Raises:
             ProviderError: Nothing or not everything came back: `connect_error` (nothing was sent),
@@ -113,6 +180,8 @@ class HttpClient:
         try:
             request = endpoint.request(body, extensions)
             response = await self._transport.handle_async_request(request)
+            if on_headers is not None:
+                on_headers(response.headers)
             idle_s = timeouts.idle_timeout_ms / 1000
             if take is not None and _is_event_stream(response):
                 await self._pass_on(task, response, idle_s, take)
@@ -122,12 +191,42 @@ class HttpClient:
         except asyncio.CancelledError:
             if not self._alarms.went_off(task):
                 raise
-            message = "the provider did not answer in time"
-            raise ProviderError(message, code="timeout", unknown_outcome=True) from None
+            raise _late() from None
         except (httpx.TransportError, aiohttp.ClientError, OSError) as error:
             raise _connection_failure(error) from None
         finally:
             self._alarms.clear(task)
+
+    @contextlib.asynccontextmanager
+    async def open(
+        self, transfer: Transfer, timeouts: TimeoutOptions
+    ) -> AsyncIterator[OpenResponse]:
+        """Send a request piece by piece, and give its response before its body; for large ones.
+
+        The time until the response begins is the caller's to bound; the connection's and each
+        piece's are bounded by `timeouts`.
+
+        Raises:
+            ProviderError: As for `post`.
+        """
+        given = {"accept-encoding": "gzip, deflate", **_lower(transfer.headers)}
+        if transfer.pieces is not None:
+            given["content-length"] = str(transfer.size)
+        request = httpx.Request(
+            transfer.method,
+            transfer.url,
+            headers=given,
+            content=None if transfer.pieces is None else transfer.pieces(),
+            extensions={"timeout": {"connect": timeouts.connect_timeout_ms / 1000}},
+        )
+        try:
+            response = await self._transport.handle_async_request(request)
+        except (httpx.TransportError, aiohttp.ClientError, OSError) as error:
+            raise _connection_failure(error) from None
+        try:
+            yield OpenResponse(response, timeouts.idle_timeout_ms / 1000)
+        finally:
+            await cast("httpx.AsyncByteStream", response.stream).aclose()
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -234,6 +333,11 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
         message = "the compressed response ends too early"
         raise ProviderError(message, code="connection_lost", unknown_outcome=True)
     return b"".join(pieces)
+
+
+def _late() -> ProviderError:
+    message = "the provider did not answer in time"
+    return ProviderError(message, code="timeout", unknown_outcome=True)
 
 
 def _too_large(limit: int | None = None) -> ProviderError:

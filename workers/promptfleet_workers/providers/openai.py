@@ -69,14 +69,16 @@ class OpenAIProvider:
             return await self._streamed(call)
         if len(call.requests) == 1:
             response = await self._client.post(
-                self._endpoints[call.kind], _body(call), call.timeouts
+                self._endpoints[call.kind],
+                _body(call),
+                call.timeouts,
+                on_headers=call.on_headers,
             )
-            data = read_answer(response)
-            if call.kind is JobKind.EMBEDDING:
-                return [_embedding(call, data, response.body)]
-            return [_completion(call, data, response.body)]
+            return [completion_of(call, read_answer(response), response.body)]
         listed, counts = _list_body(call)
-        response = await self._client.post(self._endpoints[call.kind], listed, call.timeouts)
+        response = await self._client.post(
+            self._endpoints[call.kind], listed, call.timeouts, on_headers=call.on_headers
+        )
         return _shares(call, read_answer(response), counts)
 
     async def _streamed(self, call: Call) -> list[Answer]:
@@ -88,10 +90,17 @@ class OpenAIProvider:
             body, counts = _list_body(call)
         body = b"{" + _STREAM.encode() + body[1:]
         assembly = ChunkAssembly(
-            is_chat=call.kind is JobKind.CHAT, on_text=call.on_text if counts is None else None
+            is_chat=call.kind is JobKind.CHAT,
+            on_text=call.on_text if counts is None else None,
+            received=call.received,
         )
         data, response = await read_streamed(
-            self._client, self._endpoints[call.kind], body, call.timeouts, assembly
+            self._client,
+            self._endpoints[call.kind],
+            body,
+            call.timeouts,
+            assembly,
+            call.on_headers,
         )
         if counts is None:
             return [_completion(call, data, response)]
@@ -112,7 +121,11 @@ def _completion(call: Call, data: _Json, body: bytes) -> Completion:
     choices = data.get("choices")
     if type(choices) is not list or not choices or type(choices[0]) is not dict:
         raise bad_response("the answer has no choices")
-    text, finish_reason = _read_choice(choices[0])
+    try:
+        text, finish_reason = _read_choice(choices[0])
+    except ProviderError as error:
+        error.usage = _usage(data.get("usage"))
+        raise
     return Completion(
         text=text,
         response=body,
@@ -120,6 +133,17 @@ def _completion(call: Call, data: _Json, body: bytes) -> Completion:
         usage=_usage(data.get("usage")) or _estimate(call, 0, text),
         model=name(data.get("model")),
     )
+
+
+def completion_of(call: Call, data: _Json, body: bytes) -> Completion:
+    """What one request's whole answer says, however it came.
+
+    Raises:
+        ProviderError: It is no whole answer.
+    """
+    if call.kind is JobKind.EMBEDDING:
+        return _embedding(call, data, body)
+    return _completion(call, data, body)
 
 
 def _read_choice(choice: _Json) -> tuple[str | None, str]:

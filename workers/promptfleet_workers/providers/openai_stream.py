@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from promptfleet_workers.providers.protocol import Received
 from promptfleet_workers.providers.responses import bad_response, truncated
 from promptfleet_workers.providers.sse import Event
 from promptfleet_workers.providers.streams import OnText, Parts, TextTap, Weight, decoded
@@ -25,8 +26,11 @@ class _Numbered(dict[int, _Json]):
 class ChunkAssembly:
     """Puts the chunks of a chat's or a completion's stream together."""
 
-    def __init__(self, *, is_chat: bool, on_text: OnText | None = None) -> None:
+    def __init__(
+        self, *, is_chat: bool, on_text: OnText | None = None, received: Received | None = None
+    ) -> None:
         """Expect the first chunk; `on_text` hears the first choice's text as it comes."""
+        self._received = received
         self._is_chat = is_chat
         self._tap = TextTap(on_text)
         self._head: _Json = {}
@@ -145,6 +149,8 @@ class ChunkAssembly:
         current = whole.get(name)
         self._weight.add(len(value))
         self.has_begun = self.has_begun or (bool(value) and name not in _NAMES)
+        if self._received is not None and name not in _NAMES:
+            self._received.hear(value)
         if type(current) is Parts:
             current.append(value)
         elif type(current) is list:  # Mistral: parts of a content, then plain texts

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import TimeoutOptions
 from promptfleet_shared.jobs import NO_USAGE, JobKind, Usage
+
+
+@dataclasses.dataclass(slots=True)
+class Received:
+    """What came of a streamed answer so far: what a call is priced by that comes to no end.
+
+    Attributes:
+        size: UTF-8 bytes of the answer: text, reasoning and arguments of tool calls.
+        input: The provider's own count of the input's tokens, where it came.
+        cached: Those of them that the provider took from its prefix cache.
+    """
+
+    size: int = 0
+    input: int | None = None
+    cached: int = 0
+
+    def hear(self, text: str) -> None:
+        """Count the next piece."""
+        self.size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +42,8 @@ class Call:
         stream: True to ask for chats and completions as event streams: a dead call is noticed
             after `idle_timeout_ms`. The answer is the same.
         on_text: Hears a stream's text (that of the first choice) as it comes; must not block.
+        on_headers: Hears the headers of the response, also of a refusal; must not block.
+        received: Is told what came of a stream, for whoever has to price one that is cut.
     """
 
     kind: JobKind
@@ -32,6 +53,8 @@ class Call:
     timeouts: TimeoutOptions
     stream: bool = False
     on_text: Callable[[str], None] | None = None
+    on_headers: Callable[[Mapping[str, str]], None] | None = None
+    received: Received | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

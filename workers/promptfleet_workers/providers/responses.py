@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from promptfleet_shared.errors import ProviderError
+from promptfleet_shared.jobs import Usage
 from promptfleet_workers.providers.http import HttpResponse
 from promptfleet_workers.providers.waits import told_s
 from promptfleet_workers.retries import is_telling
@@ -169,10 +170,12 @@ def bad_response(what: str, status: int | None = None) -> ProviderError:
     return ProviderError(what, code="bad_response", status=status, unknown_outcome=True)
 
 
-def truncated(status: int | None = None) -> ProviderError:
-    """An answer without the mark of its end."""
+def truncated(status: int | None = None, *, usage: Usage | None = None) -> ProviderError:
+    """An answer without the mark of its end; `usage` is what the provider counted all the same."""
     message = "the answer ends without a finish reason"
-    return ProviderError(message, code="truncated", status=status, unknown_outcome=True)
+    return ProviderError(
+        message, code="truncated", status=status, unknown_outcome=True, usage=usage
+    )
 
 
 def tokens(value: object) -> int:

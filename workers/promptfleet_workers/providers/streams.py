@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from promptfleet_shared.errors import ProviderError
@@ -121,6 +121,7 @@ async def read_streamed(
     body: bytes,
     timeouts: TimeoutOptions,
     assembly: Assembly,
+    on_headers: Callable[[Mapping[str, str]], None] | None = None,
 ) -> tuple[dict[str, Any], bytes]:
     """The answer to a request that asks for a stream, decoded and as JSON.
 
@@ -132,7 +133,7 @@ async def read_streamed(
     """
     reader = _Reader(assembly)
     try:
-        response = await client.post(endpoint, body, timeouts, reader.take)
+        response = await client.post(endpoint, body, timeouts, reader.take, on_headers)
     except ProviderError as error:
         if error.code == "connection_lost" and assembly.has_begun:
             raise truncated() from None

@@ -42,7 +42,7 @@ def takes(description: str, **properties: Any) -> dict[str, Any]:
 
 
 _PROMPT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}]}
-_STREAM: dict[str, Any] = {"type": "boolean", "nullable": True}
+_STREAM: dict[str, Any] = {"type": ["boolean", "null"]}
 
 
 @router.post(

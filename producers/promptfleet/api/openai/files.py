@@ -17,8 +17,8 @@ from promptfleet.api.openai.ids import FILE, private_id, public_id
 from promptfleet.api.openai.uploading import FileUpload
 from promptfleet.api.services import Services
 from promptfleet.api.shapes import ErrorBody
+from promptfleet_shared.store.deletions import Deletion
 from promptfleet_shared.store.files import (
-    Deletion,
     StoredFile,
     delete_file,
     list_files,

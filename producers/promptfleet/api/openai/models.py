@@ -13,6 +13,7 @@ from promptfleet.api.errors import ApiError, JsonResponse
 from promptfleet.options import refuse
 from promptfleet.requests import Defaults
 from promptfleet_shared.fleet import Fleet
+from promptfleet_shared.tiers import AUTO_TIER
 
 TIER_PREFIX = "tier/"
 _OWNER = "promptfleet"
@@ -47,7 +48,7 @@ def find_target(name: object, fleet: Fleet, defaults: Defaults) -> Target:
         return Target(tier=_tier_with(name, fleet), model=name)
     if name.startswith(TIER_PREFIX):
         tier = name.removeprefix(TIER_PREFIX)
-        if tier in fleet.tier_names or defaults.tiers is None:
+        if tier == AUTO_TIER or tier in fleet.tier_names or defaults.tiers is None:
             return Target(tier=tier, model=None)
     elif defaults.models is None:
         return Target(tier=None, model=name)  # only the workers have a fleet.toml
@@ -84,7 +85,7 @@ async def get_model(model: str, services: ServicesDep, caller: AnyCaller) -> Res
 
 
 def _names(fleet: Fleet) -> list[str]:
-    return [*fleet.models, *(TIER_PREFIX + tier for tier in fleet.tier_names)]
+    return [*fleet.models, *(TIER_PREFIX + tier for tier in (*fleet.tier_names, AUTO_TIER))]
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -19,14 +19,21 @@ HEADER_PREFIX = "x-promptfleet-"
 CANCEL_HEADER = f"{HEADER_PREFIX}cancel-on-disconnect"
 OPTIONS = frozenset(
     {
+        "attributes",
         "cache",
         "callback_url",
+        "complexity",
+        "context",
         "deadline",
         "deadline_s",
+        "escalate_on",
         "idempotency_key",
+        "memory",
+        "memory_id",
         "metadata",
         "on_unknown",
         "priority",
+        "session_id",
         "tier",
     }
 )

@@ -33,8 +33,9 @@ from promptfleet.api.openai.responses_events import response_frames
 from promptfleet.api.openai.responses_input import chat_body, stored_request
 from promptfleet.api.openai.responses_output import Draft, response_json, state_status
 from promptfleet.api.services import Services
-from promptfleet.api.shapes import fleet_headers
+from promptfleet.api.shapes import ErrorBody, fleet_headers
 from promptfleet_shared.jobs import JobKind, JobSpec, Result
+from promptfleet_shared.store.deletions import Deletion, delete_job
 from promptfleet_shared.store.listing import JobRow, read_jobs
 from promptfleet_shared.store.requests import read_requests
 from promptfleet_shared.store.results import read_results, request_cancel
@@ -65,8 +66,8 @@ class _Found:
     openapi_extra=takes(
         "OpenAI's parameters: texts, images and files in; text and calls of your functions out.",
         input={"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}]},
-        background={"type": "boolean", "nullable": True},
-        stream={"type": "boolean", "nullable": True},
+        background={"type": ["boolean", "null"]},
+        stream={"type": ["boolean", "null"]},
     ),
 )
 async def create(request: Request, services: ServicesDep, caller: Submitter) -> Response:
@@ -118,6 +119,25 @@ async def cancel(response_id: str, services: ServicesDep, caller: Submitter) -> 
         with services.limits.waiting.taken(tenant):
             await services.results.wait(tenant, [job_id], CANCEL_WAIT_S)
     return _response(await _look(services, caller, job_id))
+
+
+@router.delete(
+    "/{response_id}",
+    summary="Delete a response",
+    responses={409: {"model": ErrorBody, "description": "It has not ended yet."}},
+)
+async def delete(response_id: str, services: ServicesDep, caller: Submitter) -> Response:
+    """With its job; what it cost stays in the ledger. Cancel first what has not ended."""
+    job_id = private_id(RESPONSE, response_id)
+    await _look(services, caller, job_id)
+    tenant = caller.tenant
+    done = await services.stores.run(tenant, lambda c: delete_job(c, job_id, tenant=tenant))
+    if done is Deletion.MISSING:
+        raise not_found("response")
+    if done is Deletion.IN_USE:
+        msg = "The response has not ended, or its callback or batch still waits for it."
+        raise ApiError(409, msg, code="response_in_use")
+    return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
 
 def _drafting(asked: Asked, spec: JobSpec, *, background: bool) -> Callable[[Accepted], Draft]:

@@ -16,7 +16,7 @@ MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_WAITING = 64  # pipelined requests of one connection that wait for their turn
 
-_KEPT_HEADERS = frozenset((b"authorization", b"x-api-key", b"expect"))
+_KEPT_HEADERS = frozenset((b"authorization", b"x-api-key", b"x-goog-api-key", b"expect", b"host"))
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _REASONS = {int(status): status.phrase.encode() for status in HTTPStatus}
 

@@ -1,6 +1,7 @@
 """Rate limits, strict: no window of time admits more than the limit.
 
-A sliding log, not a token bucket: a bucket admits up to twice its limit in its first window.
+A sliding log; or, where asked for, a token bucket of the limit's size that is filled all the time,
+as real providers have: it admits up to twice its limit in its first window.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ class RateLimits:
         self._totals: list[int] = []  # tokens admitted up to and with each entry
         self._head = 0  # entries before it have left the window
         self._dropped_total = 0
+        self._buckets = _Buckets()
 
     def admit(self, options: Options, *, tokens: int, in_flight: int, now: float) -> Refusal | None:
         """Count one request of `tokens`, or say why not; a refusal costs nothing."""
         self._expire(now - options.limit_window_s)
+        if options.limit_kind == "bucket":
+            return self._buckets.admit(options, tokens, in_flight, now)
         refusal = self._refusal(options, tokens, in_flight, now)
         if refusal is None and (options.rpm or options.tpm):
             self._times.append(now)
@@ -44,9 +48,12 @@ class RateLimits:
         """OpenAI's `x-ratelimit-*` header lines for the limits that are set."""
         lines = b""
         reset = (self._times[-1] + options.limit_window_s - now) if self._used_requests() else 0.0
+        requests, tokens = self._used_requests(), self._used_tokens()
+        if options.limit_kind == "bucket":
+            requests, tokens, reset = self._buckets.used(options, now)
         for name, limit, used in (
-            (b"requests", options.rpm, self._used_requests()),
-            (b"tokens", options.tpm, self._used_tokens()),
+            (b"requests", options.rpm, requests),
+            (b"tokens", options.tpm, tokens),
         ):
             if limit:
                 lines += (
@@ -105,6 +112,54 @@ class RateLimits:
             f"requested {asked}. Please try again in {wait_s:.3f}s.",
             retry_after_ms=max(1, int(wait_s * 1000) + 1),
         )
+
+
+class _Buckets:
+    """What is missing in the buckets of requests and tokens; it flows back all the time."""
+
+    def __init__(self) -> None:
+        self._missing = [0.0, 0.0]
+        self._at = 0.0
+
+    def admit(self, options: Options, tokens: int, in_flight: int, now: float) -> Refusal | None:
+        """Take from both, or say why not."""
+        if options.max_concurrent and in_flight >= options.max_concurrent:
+            message = f"Too many concurrent requests: limit {options.max_concurrent}."
+            return Refusal(limit="concurrency", message=message, retry_after_ms=100)
+        self._flow(options, now)
+        asked = (("requests", options.rpm, 1), ("tokens", options.tpm, tokens))
+        for n, (name, limit, amount) in enumerate(asked):
+            surplus = self._missing[n] + amount - limit
+            if limit and surplus > 0:
+                wait_s = surplus * options.limit_window_s / limit
+                message = f"Rate limit reached on {name}: limit {limit}, requested {amount}. "
+                return Refusal(
+                    limit=name,
+                    message=f"{message}Please try again in {wait_s:.3f}s.",
+                    retry_after_ms=max(1, int(wait_s * 1000) + 1),
+                )
+        self._missing = [self._missing[0] + 1, self._missing[1] + tokens]
+        return None
+
+    def used(self, options: Options, now: float) -> tuple[int, int, float]:
+        """Missing requests and tokens, and seconds until nothing is missing."""
+        self._flow(options, now)
+        shares = [
+            missing / limit
+            for missing, limit in zip(self._missing, (options.rpm, options.tpm), strict=True)
+            if limit
+        ]
+        reset_s = max(shares, default=0.0) * options.limit_window_s
+        return round(self._missing[0]), round(self._missing[1]), reset_s
+
+    def _flow(self, options: Options, now: float) -> None:
+        passed = max(0.0, now - self._at) / options.limit_window_s
+        limits = (options.rpm, options.tpm)
+        self._missing = [
+            max(0.0, missing - limit * passed)
+            for missing, limit in zip(self._missing, limits, strict=True)
+        ]
+        self._at = now
 
 
 def _duration(seconds: float) -> bytes:

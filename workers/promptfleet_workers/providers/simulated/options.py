@@ -13,6 +13,7 @@ from .markers import Fault, FaultKind
 
 Spread = tuple[float, float]
 Mix = tuple[tuple[float, Fault], ...]
+LIMIT_KINDS = ("window", "bucket")
 
 
 def parse_spread(value: object) -> Spread:
@@ -63,6 +64,37 @@ def parse_names(value: object) -> tuple[str, ...]:
     return tuple(name.strip() for name in names if name.strip())
 
 
+BATCH_FAULTS = frozenset(
+    {
+        "upload-hang",  # the file is kept, and no answer ever comes
+        "create-hang",  # the batch is made, and no answer ever comes
+        "create-deaf",  # nothing is made, and no answer ever comes
+        "create-502",  # the batch is made, and the answer is a gateway's error
+        "look-hang",  # nobody says how a batch stands
+        "results-cut",  # results break off in the middle
+        "results-hang",  # results stop in the middle, and nothing more comes
+        "fail",  # the batch as a whole is refused
+        "full",  # there is no room for it
+    }
+)
+
+
+def parse_batch_faults(value: object) -> tuple[str, ...]:
+    """Names of what goes wrong with batches."""
+    names = parse_names(value)
+    for name in names:
+        if name not in BATCH_FAULTS:
+            raise ValueError(f"{name!r} is none of {', '.join(sorted(BATCH_FAULTS))}")
+    return names
+
+
+def parse_limit_kind(value: object) -> str:
+    """How rpm and tpm are counted."""
+    if not isinstance(value, str) or value not in LIMIT_KINDS:
+        raise ValueError(f"{value!r} is none of {', '.join(LIMIT_KINDS)}")
+    return value
+
+
 def parse_key(value: object) -> str | None:
     """A key; null or an empty text for none."""
     if value is not None and not isinstance(value, str):
@@ -86,8 +118,13 @@ class Options:
     tpm: int = 0
     max_concurrent: int = 0
     limit_window_s: float = 60.0
+    limit_kind: str = "window"
     api_key: str | None = None
     models: tuple[str, ...] = ()
+    batch_ms: Spread = (0.0, 0.0)
+    batch_expires_s: float = 86_400.0
+    batch_cancel_ms: float = 0.0
+    batch_faults: tuple[str, ...] = ()
 
     @property
     def limited(self) -> bool:
@@ -111,6 +148,7 @@ class Options:
         """For showing: in the forms that `changed` understands, the key hidden."""
         shown: dict[str, object] = {name: getattr(self, name) for name in _PARSERS}
         shown["latency_ms"] = "{:g}..{:g}".format(*self.latency_ms)
+        shown["batch_ms"] = "{:g}..{:g}".format(*self.batch_ms)
         shown["api_key"] = None if self.api_key is None else "set"
         before = 0.0
         shares: dict[str, float] = {}
@@ -177,6 +215,11 @@ _PARSERS: dict[str, tuple[Callable[[object], Any], str]] = {
     "tpm": (parse_count, "tokens, of prompts and answers, admitted in any window"),
     "max_concurrent": (parse_count, "requests in progress"),
     "limit_window_s": (parse_number, "window of rpm and tpm (60); shorter in tests"),
+    "limit_kind": (parse_limit_kind, "window (strict; the default), or bucket, full at the start"),
     "api_key": (parse_key, "asked of every request"),
     "models": (parse_names, "the only models there are, as in a,b,c"),
+    "batch_ms": (parse_spread, "how long a batch of the batch APIs takes, its lines evenly"),
+    "batch_expires_s": (parse_number, "when a batch expires (86400)"),
+    "batch_cancel_ms": (parse_number, "how long a batch is being cancelled"),
+    "batch_faults": (parse_batch_faults, "of the batch APIs: upload-hang,create-hang,..."),
 }

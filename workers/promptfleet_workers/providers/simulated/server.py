@@ -12,17 +12,23 @@ from urllib.parse import parse_qs
 
 import orjson
 
+from . import gemini_shapes
 from .answers import Body, Call, Prompt, Rejected
+from .anthropic_batches import AnthropicBatches
 from .anthropic_shapes import Messages
+from .batch_runs import Unanswered
 from .faults import FILLER, GATEWAY_PAGE, Blemished, Shape, bomb, refusal
 from .http import Ending, Reply, Request, response
 from .limits import RateLimits
 from .markers import Directive, Fault, FaultKind
+from .openai_batches import OpenAIBatches
 from .openai_shapes import DONE, ChatCompletions, Completions, Embeddings, error_payload
 from .options import Options
 from .stats import Stats
 
 _CLOSE = b"connection: close\r\n"
+_MESSAGE_BATCHES = "/v1/messages/batches"
+_BATCH_PATHS = ("/v1/files", "/v1/batches", _MESSAGE_BATCHES)
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"cache-control: no-cache\r\n%b\r\n"
@@ -69,6 +75,9 @@ class SimulatedProvider:
         self._number = 0
         endpoints: Sequence[Endpoint] = (ChatCompletions(), Completions(), Embeddings(), Messages())
         self._inference = {endpoint.path: endpoint for endpoint in endpoints}
+        self._openai_batches = OpenAIBatches(self._inference, self.stats, clock)
+        messages = self._inference[Messages.path]
+        self._anthropic_batches = AnthropicBatches(messages, self.stats, clock)
         self._others: dict[str, dict[str, Callable[[Request], Reply]]] = {
             "/v1/models": {"GET": self._models},
             "/health": {"GET": self._health},
@@ -79,13 +88,19 @@ class SimulatedProvider:
     def answer(self, request: Request, /) -> Reply:
         """The reply to any request."""
         endpoint = self._inference.get(request.path)
+        if endpoint is None:
+            endpoint = gemini_shapes.find(request.path, request.query)
         if request.method == "HEAD":
             request.keep_alive = False  # its reply has a body here, which would confuse the next
         try:
             if endpoint is not None:
                 return self._infer(endpoint, request)
+            if request.path.startswith(_BATCH_PATHS):
+                return self._batch(request)
             return self._other(request)
         except Rejected as rejected:
+            if endpoint is None and request.path.startswith(_MESSAGE_BATCHES):
+                endpoint = self._inference[Messages.path]
             shape = error_payload if endpoint is None else endpoint.error_payload
             return self._rejection(request, rejected, shape)
 
@@ -304,7 +319,7 @@ class SimulatedProvider:
     ) -> Reply:
         self.stats.rejected[rejected.status] += 1
         headers = self._headers(request)
-        if rejected.retry_after_ms is not None:
+        if rejected.retry_after_ms is not None and not _is_gemini(shape):
             headers += b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (
                 -(-rejected.retry_after_ms // 1000),
                 rejected.retry_after_ms,
@@ -324,9 +339,9 @@ class SimulatedProvider:
         key = self.options.api_key
         if key is None:
             return
-        given = request.headers.get(b"x-api-key")
+        given = {request.headers.get(b"x-api-key"), request.headers.get(b"x-goog-api-key")}
         if (
-            given != key.encode()
+            key.encode() not in given
             and request.headers.get(b"authorization") != b"Bearer " + key.encode()
         ):
             raise Rejected(401, "Incorrect API key provided.", code="invalid_api_key")
@@ -351,6 +366,31 @@ class SimulatedProvider:
                 code="rate_limit_exceeded",
                 retry_after_ms=refusal.retry_after_ms,
             )
+
+    # -- batches
+
+    def _batch(self, request: Request) -> Reply:
+        self._check_key(request)
+        query = {name: values[0] for name, values in parse_qs(request.query).items()}
+        path = request.path.removeprefix("/v1/").strip("/")
+        body = bytes(request.body)
+        answer = self._openai_batches.answer
+        if request.path.startswith(_MESSAGE_BATCHES):
+            answer = self._anthropic_batches.answer
+            path = request.path.removeprefix(_MESSAGE_BATCHES).strip("/")
+            self._anthropic_batches.host = request.headers.get(b"host", b"").decode("latin-1")
+        self.stats.requests[f"{request.method} batches"] += 1
+        try:
+            value = answer(request.method, path, query, body, self.options)
+        except Unanswered:
+            return Reply([], Ending.HANG)
+        if isinstance(value, dict):
+            return self._json(request, value)
+        whole = self._whole(request, value, content_type=b"application/x-jsonl")
+        reply = Reply([(0.0, whole)], _ending(request))
+        if "results-cut" in self.options.batch_faults:
+            return _cut(reply, Ending.ABORT)
+        return _cut(reply, Ending.HANG) if "results-hang" in self.options.batch_faults else reply
 
     # -- the rest
 
@@ -395,6 +435,12 @@ class SimulatedProvider:
         headers = b"" if request.keep_alive else _CLOSE
         payload = response(200, orjson.dumps(value), headers=headers)
         return Reply([(0.0, payload)], _ending(request))
+
+
+def _is_gemini(shape: Callable[[Rejected], bytes]) -> bool:
+    """True for an API whose bodies say how long to wait, and whose headers don't."""
+    owner = getattr(shape, "__self__", None)
+    return isinstance(owner, gemini_shapes.GenerateContent | gemini_shapes.EmbedContents)
 
 
 def _ending(request: Request) -> Ending:

@@ -21,6 +21,8 @@ class Stats:
         self.prompts = 0
         self.input_tokens = 0
         self.output_tokens = 0
+        self.batches = 0
+        self.batch_lines = 0
         self.client_disconnects = 0
         self.stream_disconnects = 0
         self.max_in_flight = self.in_flight
@@ -55,6 +57,8 @@ class Stats:
             "max_in_flight": self.max_in_flight,
             "rejected": {str(status): count for status, count in self.rejected.items()},
             "faults": dict(self.faults),
+            "batches": self.batches,
+            "batch_lines": self.batch_lines,
             "client_disconnects": self.client_disconnects,
             "stream_disconnects": self.stream_disconnects,
         }

@@ -20,12 +20,23 @@ def upgrade() -> None:
     op.add_column("results", sa.Column("decision", pg.JSONB))
     op.add_column("results", sa.Column("saved_usd", sa.Numeric))
     op.create_index("ledger_tenant_idx", "ledger", ["tenant", "at"])
+    _allow("coalesced", "hit", "miss", "off", "semantic")
 
 
 def downgrade() -> None:
     """Take them away."""
+    op.execute("UPDATE results SET cache = 'hit' WHERE cache = 'semantic'")
+    _allow("coalesced", "hit", "miss", "off")
     op.drop_index("ledger_tenant_idx", "ledger")
     for column in ("saved_usd", "decision"):
         op.drop_column("results", column)
     for column in ("concurrency_key", "decision", "policy"):
         op.drop_column("jobs", column)
+
+
+def _allow(*statuses: str) -> None:
+    """Let results tell these of the cache. What is there is not read: it was checked before."""
+    name = op.f("results_cache_check")
+    listed = ", ".join(f"'{status}'" for status in statuses)
+    op.drop_constraint(name, "results")
+    op.execute(f"ALTER TABLE results ADD CONSTRAINT {name} CHECK (cache IN ({listed})) NOT VALID")

@@ -1,0 +1,1 @@
+"""Load balancing: which of a model's deployments a job goes to."""

@@ -1,0 +1,1 @@
+"""Use all of a quota and never more: reserved before the call, settled after it, fleet-wide."""
