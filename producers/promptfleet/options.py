@@ -15,8 +15,14 @@ from promptfleet.context_options import ContextOption, ContextPolicyName, Memory
 from promptfleet.tier_options import EscalateOption
 from promptfleet_shared.egress import check_url
 from promptfleet_shared.errors import InvalidRequestError
-from promptfleet_shared.jobs import MAX_PRIORITY, CacheMode, CacheOptions, JobKind, OnUnknown
-from promptfleet_shared.policies.provider_batches import Service
+from promptfleet_shared.jobs import (
+    MAX_PRIORITY,
+    CacheMode,
+    CacheOptions,
+    JobKind,
+    OnUnknown,
+    Service,
+)
 from promptfleet_shared.tiers import TIER_NAME
 
 MAX_METADATA_BYTES = 16 * 1024

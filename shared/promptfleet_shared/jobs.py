@@ -52,6 +52,14 @@ class OnUnknown(enum.StrEnum):
     FAIL = "fail"  # end as failed, code `unknown_outcome`: nothing may be done twice
 
 
+class Service(enum.StrEnum):
+    """How a job is answered, as its `service` option asks."""
+
+    STANDARD = "standard"  # by a call of its own
+    BATCH = "batch"  # by its provider's batch API, at half price and within a day
+    AUTO = "auto"  # by the batch API if its deadline is far enough
+
+
 class CacheMode(enum.StrEnum):
     """How a job uses the response cache."""
 

@@ -13,6 +13,7 @@ from tests.rows import spec
 
 from promptfleet_shared.fleet import Fleet, parse_fleet
 from promptfleet_shared.jobs import Doorbell, JobSpec
+from promptfleet_shared.pricing import Pricer
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.sweeping import Sweep, sweep
 from promptfleet_workers.batching import DoorbellWait, Slots
@@ -23,7 +24,6 @@ from promptfleet_workers.claims import Claims
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.escalation import Escalation
 from promptfleet_workers.pipeline import Pipeline
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.provider_batches.building import BatchParts
 from promptfleet_workers.provider_batches.pricing import BatchPricer
 from promptfleet_workers.providers.batch_building import build_batch_apis

@@ -170,12 +170,16 @@ def things(owner: httpx.Client) -> dict[str, str]:
         "the batch is completed",
     )
     key = owner.post("/v1/admin/keys", json={"name": "spare"}).json()["id"]
+    memory = str(uuid.uuid4())
+    turn = owner.post("/v1/jobs", json={"prompt": "Hello again", "memory_id": memory}).json()["id"]
+    assert owner.get(f"/v1/jobs/{turn}?wait=30").json()["state"] == "succeeded"
     return {
         "job_id": job,
         "response_id": f"resp_{uuid.UUID(job).hex}",
         "file_id": file,
         "batch_id": batch,
         "key_id": key,
+        "memory_id": memory,
     }
 
 

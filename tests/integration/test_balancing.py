@@ -25,11 +25,11 @@ from tests.rows import chat, insert, result_rows, spec
 
 from promptfleet_shared.fleet import parse_fleet
 from promptfleet_shared.policies.balancing import BalancingSection
+from promptfleet_shared.pricing import Pricer
 from promptfleet_workers.balancing.balancer import Balancer
 from promptfleet_workers.balancing.load_exchange import LoadExchange
 from promptfleet_workers.balancing.places import ALONE_AFTER_S, Place, Places
 from promptfleet_workers.claims import Abort
-from promptfleet_workers.pricing import Pricer
 
 PROGRAM = Path(__file__).with_name("load_worker.py")
 FLEET = """

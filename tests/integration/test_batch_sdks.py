@@ -136,7 +136,7 @@ class TestOpenAI:
             )
             done = await self.lines(client, batch.output_file_id)
             undone = await self.lines(client, batch.error_file_id)
-            there.options = there.options.changed({"batch_expires_s": 0.2})
+            there.options = there.options.changed({"batch_expires_s": 0.21})
             expired = await self.submitted(client, lines)
             expired = await until(
                 lambda: client.batches.retrieve(expired.id), lambda b: b.status == "expired"

@@ -194,9 +194,12 @@ async def test_a_long_call_keeps_its_reservation(make_rig: MakeRig) -> None:
     announcing = asyncio.create_task(rig.budgets.run())
     await rig.budgets.reserve([rig.work(90)])
     end = asyncio.get_running_loop().time() + 1.0
+    reasons: set[Reason] = set()
     while asyncio.get_running_loop().time() < end:
-        refusals = await other.budgets.reserve([other.work(20)])
-        assert [refusal.reason for refusal in refusals.values()] == [Reason.HELD]
+        (refusal,) = (await other.budgets.reserve([other.work(20)])).values()
+        reasons.add(refusal.reason)
+    assert Reason.HELD in reasons
+    assert reasons <= {Reason.HELD, Reason.UNKNOWN}  # a slow machine's server may be late
     await rig.budgets.aclose()
     await announcing
 

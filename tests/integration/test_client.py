@@ -43,6 +43,7 @@ from promptfleet import (
 )
 from promptfleet.dev_stack import free_port
 from promptfleet_shared.jobs import JobError, Outcome
+from promptfleet_shared.queueing import PARKING_KEY
 from promptfleet_shared.settings import Settings
 from promptfleet_shared.store.claims import claim
 from promptfleet_shared.store.engines import make_async_engine, make_engine
@@ -68,6 +69,17 @@ async def async_database(database_url: str) -> AsyncIterator[AsyncEngine]:
     engine = make_async_engine(database_url, application_name="tests")
     yield engine
     await engine.dispose()
+
+
+@pytest.fixture(autouse=True)
+def rings_at_once(broker_url: str) -> None:
+    ring_at_once(broker_url)
+
+
+def ring_at_once(broker_url: str) -> None:
+    """As in a fleet without fairness: nothing is parked where no worker would move it on."""
+    with redis.Redis.from_url(broker_url) as connection:
+        connection.hset(f"{PARKING_KEY}:config", mapping={"id": "off", "off": "1"})
 
 
 def messages_in(broker_url: str) -> list[list[str]]:

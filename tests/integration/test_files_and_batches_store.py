@@ -28,8 +28,8 @@ from promptfleet_shared.store.batches import (
     prune_batches,
     read_batch,
 )
+from promptfleet_shared.store.deletions import Deletion
 from promptfleet_shared.store.files import (
-    Deletion,
     add_chunk,
     begin_file,
     delete_file,

@@ -15,7 +15,7 @@ from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Deployment, TimeoutOptions, parse_fleet
 from promptfleet_shared.jobs import JobKind
 from promptfleet_shared.policies.limits import Dimension
-from promptfleet_workers.pricing import Pricer
+from promptfleet_shared.pricing import Pricer
 from promptfleet_workers.providers.http import HttpClient
 from promptfleet_workers.providers.openai import OpenAIProvider
 from promptfleet_workers.providers.protocol import Call

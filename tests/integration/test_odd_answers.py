@@ -43,7 +43,7 @@ def ask(body: bytes, *, stream: bool = False) -> Completion | ProviderError:
     """What our provider makes of a response with this body."""
 
     class Replies:
-        async def post(self, *arguments: Any) -> HttpResponse:
+        async def post(self, *arguments: Any, **_: Any) -> HttpResponse:
             take = arguments[3] if stream else None
             if take is None:
                 return HttpResponse(200, httpx.Headers(), body)

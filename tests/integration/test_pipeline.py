@@ -21,6 +21,7 @@ from tests.rows import change, chat, insert, job_row, ledger_rows, result_rows, 
 from promptfleet_shared.errors import ProviderError, StoreRefusedError
 from promptfleet_shared.fleet import Fleet, parse_fleet
 from promptfleet_shared.jobs import Doorbell, JobKind, JobSpec, Usage
+from promptfleet_shared.pricing import Pricer
 from promptfleet_shared.store.database import AsyncDatabase, Statement
 from promptfleet_shared.store.results import request_cancel
 from promptfleet_workers.batching import DoorbellWait, Slots
@@ -31,7 +32,6 @@ from promptfleet_workers.calling import Caller
 from promptfleet_workers.claims import Abort, Claims
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.pipeline import Pipeline
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.routing import Router
 from promptfleet_workers.telemetry import BatchClaimed, Event

@@ -238,7 +238,7 @@ async def test_where_the_account_has_no_room_they_gather_again(
 async def test_lines_that_expire_there_go_the_ordinary_way(
     provider: str, make_station: MakeStation, database: sa.Engine
 ) -> None:
-    async with simulated(batch_ms=400, batch_expires_s=0.2) as (there, url):
+    async with simulated(batch_ms=400, batch_expires_s=0.22) as (there, url):
         station = make_station(fleet_of(provider, url))
         ids = insert(database, *[batch_job(f"{n}") for n in range(10)])
         await station.give(ids)

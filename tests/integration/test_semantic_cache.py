@@ -17,9 +17,9 @@ from tests.rows import chat, insert, ledger_rows, result_rows, spec
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.jobs import CacheMode, CacheOptions, JobSpec, Usage
+from promptfleet_shared.pricing import Pricer
 from promptfleet_workers.caching.building import build_caching
 from promptfleet_workers.caching.redis_cache import RedisCache
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 
 __all__ = ["make_rig"]  # a fixture

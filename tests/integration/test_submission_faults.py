@@ -17,7 +17,13 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 from sqlalchemy.orm import Session
 from tests.integration.proxying import Proxy, Trap, proxy_to
-from tests.integration.test_client import messages_in, rows_in, run_script, rung_in
+from tests.integration.test_client import (
+    messages_in,
+    ring_at_once,
+    rows_in,
+    run_script,
+    rung_in,
+)
 from tests.rows import ago, change, insert, spec
 from tests.waiting import eventually
 
@@ -61,6 +67,11 @@ def submit_async(settings: Settings, prompts: Prompts) -> list[uuid.UUID]:
 
 def keyed(count: int) -> Prompts:
     return [{"prompt": f"number {n}", "idempotency_key": f"k{n}"} for n in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def rings_at_once(broker_url: str) -> None:
+    ring_at_once(broker_url)
 
 
 @pytest.fixture(autouse=True)

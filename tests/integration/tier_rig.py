@@ -14,6 +14,7 @@ from tests.rows import Row, job_row, ledger_rows, result_rows
 from promptfleet.requests import Defaults, make_spec
 from promptfleet_shared.fleet import Fleet, parse_fleet
 from promptfleet_shared.jobs import Doorbell, JobSpec, Usage
+from promptfleet_shared.pricing import Pricer
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.submissions import insert_jobs
 from promptfleet_workers.batching import DoorbellWait, Slots
@@ -24,7 +25,6 @@ from promptfleet_workers.claims import Claims
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.escalation import Escalation
 from promptfleet_workers.pipeline import Pipeline
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.routing import Router
 from promptfleet_workers.shadowing import Shadows

@@ -27,13 +27,13 @@ from promptfleet_shared.policies.balancing import (
     request_prefix,
     spill_bound,
 )
+from promptfleet_shared.pricing import Pricer
 from promptfleet_workers import plugins
 from promptfleet_workers.balancing.balancer import Balancer
 from promptfleet_workers.balancing.building import build_balancer
 from promptfleet_workers.balancing.places import FAILED_S, REST_S, Place
 from promptfleet_workers.balancing.protocol import Choice, JobFacts
 from promptfleet_workers.balancing.strategies import Cheapest, LeastBusy, PeakEwma, Weighted
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.routing import Router
 from promptfleet_workers.work import Batch, Work

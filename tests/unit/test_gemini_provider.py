@@ -19,7 +19,7 @@ from google.genai import types
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import Deployment, TimeoutOptions
 from promptfleet_shared.jobs import JobKind, Usage
-from promptfleet_workers.pricing import Pricer
+from promptfleet_shared.pricing import Pricer
 from promptfleet_workers.providers.building import build_provider
 from promptfleet_workers.providers.gemini import GeminiProvider, embed_requests, translate
 from promptfleet_workers.providers.gemini_stream import ResponseAssembly

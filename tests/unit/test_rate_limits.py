@@ -17,8 +17,8 @@ from promptfleet_shared.errors import ConfigurationError, ProviderError
 from promptfleet_shared.fleet import Fleet, parse_fleet
 from promptfleet_shared.jobs import CacheOptions, ClaimedJob, JobKind, OnUnknown, Usage
 from promptfleet_shared.policies.limits import Dimension
+from promptfleet_shared.pricing import Pricer
 from promptfleet_workers.calling import plan_requests
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Call, Completion
 from promptfleet_workers.rate_limits.asking import Grant, News, Reservation, Verdict
 from promptfleet_workers.rate_limits.costs import FIRST_OUTPUT, CostLearner

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from promptfleet_shared.fleet import Fleet, load_fleet
 from promptfleet_shared.jobs import Doorbell
 from promptfleet_shared.parking import ParkingLot
+from promptfleet_shared.pricing import Pricer
 from promptfleet_shared.queueing import MAX_IDS, Ringer, make_celery, publish, queue_depths
 from promptfleet_shared.settings import Settings, default_worker_name, load_settings
 from promptfleet_shared.signing import split_secrets
@@ -40,7 +41,6 @@ from promptfleet_workers.finish_notices import FinishNotices
 from promptfleet_workers.health import HealthServer, Vitals
 from promptfleet_workers.metrics import PrometheusHook
 from promptfleet_workers.pipeline import Pipeline
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.provider_batches.building import BatchParts
 from promptfleet_workers.provider_batches.pricing import BatchPricer
 from promptfleet_workers.providers.batch_building import build_batch_apis
@@ -71,7 +71,7 @@ class Builder:
         self._fleet = fleet
         self._ringer = ringer
 
-    async def __call__(self, tiers: Sequence[str], loop: EventLoop) -> Parts:
+    async def __call__(self, tiers: Sequence[str], loop: EventLoop) -> Parts:  # noqa: PLR0915 - one part after the other
         """Build the parts of a worker that serves these tiers, on its event loop."""
         settings, fleet = self._settings, self._fleet
         url = settings.database_url.get_secret_value()
@@ -141,6 +141,7 @@ class Builder:
             feed=feeder,
             spending=budgets,
         )
+        budgeting = None
         if budgets is not None:
             budgeting = asyncio.create_task(keep_running("budgets", budgets.run))
         batches = build_batches(
@@ -230,7 +231,7 @@ class Builder:
             sharing.cancel()
             if limiting is not None:
                 await limiting.aclose()
-            if budgets is not None:
+            if budgets is not None and budgeting is not None:
                 await budgets.aclose()
                 budgeting.cancel()
             for provider in providers.values():

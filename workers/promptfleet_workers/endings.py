@@ -24,6 +24,7 @@ from promptfleet_shared.jobs import (
 )
 from promptfleet_shared.policies.routing import Complexity
 from promptfleet_shared.policies.tier_choice import DECISION
+from promptfleet_shared.pricing import Pricer
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_workers.batching import Slots, Ticket
 from promptfleet_workers.caching.filling import Filling
@@ -34,7 +35,6 @@ from promptfleet_workers.escalation import AnswerJudge, Failing, tier_record
 from promptfleet_workers.feeder import Feed
 from promptfleet_workers.finishing import Finisher
 from promptfleet_workers.lost_calls import price_lost
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Completion, Received
 from promptfleet_workers.routing import Candidate
 from promptfleet_workers.shadowing import Shadows

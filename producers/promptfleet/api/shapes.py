@@ -16,9 +16,9 @@ from promptfleet_shared.jobs import (
     JobState,
     OnUnknown,
     Result,
+    Service,
     Usage,
 )
-from promptfleet_shared.policies.provider_batches import Service
 from promptfleet_shared.store.listing import JobRow
 
 
@@ -116,6 +116,7 @@ class JobRequest(_Shape):
     context: str | dict[str, Any] | None = Field(
         None, description="What is left out of a chat that is too long: a policy, or its options."
     )
+    compact: bool | None = Field(None, description="Leave out of the prompt what changes nothing.")
     memory_id: str | None = Field(
         None, max_length=255, description="The conversation that it is a turn of."
     )
@@ -168,6 +169,8 @@ class ResultShape(_Shape):
     attempts: int
     calls: int = Field(description="Calls of providers, by all attempts.")
     unknown_calls: int = Field(description="Those whose outcome and bill nobody knows.")
+    decision: dict[str, Any] | None = Field(description="Why it went this way, a key a feature.")
+    saved_usd: float | None = Field(description="US dollars that something, e.g. a cache, saved.")
     timings: TimingsShape
     metadata: dict[str, Any]
     created_at: dt.datetime
@@ -272,6 +275,8 @@ def result_json(result: Result) -> dict[str, Any]:
         "attempts": result.attempts,
         "calls": result.calls,
         "unknown_calls": result.unknown_calls,
+        "decision": result.decision,
+        "saved_usd": None if result.saved_usd is None else float(result.saved_usd),
         "timings": {
             "queued_ms": round(result.queued_ms, 3),
             "provider_ms": None if result.provider_ms is None else round(result.provider_ms, 3),

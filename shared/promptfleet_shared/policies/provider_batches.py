@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from promptfleet_shared.jobs import Service
 from promptfleet_shared.policies.section import Count, Section
 
 OPTION = "service"
 """The name of the option, and of what a result's `decision` tells of it."""
 
 Seconds = Annotated[float, Field(gt=0)]
-
-
-class Service(enum.StrEnum):
-    """How a job is answered, as its `service` option asks."""
-
-    STANDARD = "standard"  # by a call of its own
-    BATCH = "batch"  # by its provider's batch API, at half price and within a day
-    AUTO = "auto"  # by the batch API if its deadline is far enough
 
 
 class BatchServiceSection(Section):

@@ -227,11 +227,11 @@ WITH input AS (
            last_error = coalesce(locked.error, last_error),
            policy = coalesce(jobs.policy, '{}') || coalesce(locked.policy, '{}')
       FROM locked WHERE jobs.id = locked.id
-    RETURNING jobs.id, tenant, tier, priority, concurrency_key, locked.calls,
+    RETURNING jobs.id, tenant, tier, priority, concurrency_key, metadata, locked.calls,
               locked.unknown_calls
 ), paid AS (
-    INSERT INTO ledger (job_id, tenant, tier, calls, unknown_calls)
-    SELECT id, tenant, tier, calls, unknown_calls FROM returned WHERE calls > 0
+    INSERT INTO ledger (job_id, tenant, tier, metadata, calls, unknown_calls)
+    SELECT id, tenant, tier, metadata, calls, unknown_calls FROM returned WHERE calls > 0
 )
 SELECT id, tier, priority, tenant, concurrency_key FROM returned
 """)

@@ -18,10 +18,10 @@ from promptfleet_shared.policies.balancing import (
     request_prefix,
     spill_bound,
 )
+from promptfleet_shared.pricing import Pricer
 from promptfleet_workers.balancing.building import build_balancer
 from promptfleet_workers.balancing.places import DeploymentLoad, Place, Places
 from promptfleet_workers.balancing.protocol import Choice, JobFacts, LoadBalancer
-from promptfleet_workers.pricing import Pricer
 from promptfleet_workers.providers.protocol import Answer, Completion
 from promptfleet_workers.retries import FailureKind, classify, speaks_of_health
 from promptfleet_workers.routing import Candidate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 from promptfleet_shared.jobs import Usage
-from promptfleet_workers.pricing import Pricer
+from promptfleet_shared.pricing import Pricer
 
 
 class BatchPricer(Pricer):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from promptfleet_shared.errors import ProviderError
-from promptfleet_shared.jobs import Doorbell, JobError
-from promptfleet_shared.policies.provider_batches import OPTION, Service
+from promptfleet_shared.jobs import Doorbell, JobError, Service
+from promptfleet_shared.policies.provider_batches import OPTION
 from promptfleet_shared.store import provider_batches as store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.provider_batches import NO_ROW, Held, LineKey, Return

@@ -85,7 +85,7 @@ class AnthropicProvider:
         """The same by way of an event stream."""
         assembly = MessageAssembly(on_text=call.on_text, received=call.received)
         data, response = await read_streamed(
-            self._client, self._endpoint, body, call.timeouts, assembly, call.on_headers
+            self._client, self._endpoint, body, call.timeouts, assembly, on_headers=call.on_headers
         )
         return completion_of(call, data, response)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.fleet import Deployment
@@ -36,4 +37,4 @@ def build_provider(deployment: Deployment, client: HttpClient) -> Provider:
     if provider is None or lacking:
         message = f"{field}: {deployment.provider!r} makes nothing with {' and '.join(lacking)}"
         raise ConfigurationError(message)
-    return provider
+    return cast("Provider", provider)  # as looked at above

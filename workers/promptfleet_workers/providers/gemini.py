@@ -96,7 +96,7 @@ class GeminiProvider:
             assembly = ResponseAssembly(on_text=call.on_text, received=call.received)
             endpoint = self._endpoint(call.model, "streamGenerateContent")
             data, _ = await read_streamed(
-                self._client, endpoint, body, call.timeouts, assembly, call.on_headers
+                self._client, endpoint, body, call.timeouts, assembly, on_headers=call.on_headers
             )
         else:
             endpoint = self._endpoint(call.model, "generateContent")

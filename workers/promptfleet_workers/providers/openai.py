@@ -100,7 +100,7 @@ class OpenAIProvider:
             body,
             call.timeouts,
             assembly,
-            call.on_headers,
+            on_headers=call.on_headers,
         )
         if counts is None:
             return [_completion(call, data, response)]

@@ -121,6 +121,7 @@ async def read_streamed(
     body: bytes,
     timeouts: TimeoutOptions,
     assembly: Assembly,
+    *,
     on_headers: Callable[[Mapping[str, str]], None] | None = None,
 ) -> tuple[dict[str, Any], bytes]:
     """The answer to a request that asks for a stream, decoded and as JSON.
