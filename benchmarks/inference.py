@@ -55,8 +55,8 @@ ZIPF_SHARE, BATCH_SHARE = 0.5, 0.3
 RATE, BURST_RATE, BURST_SHARE = 12.0, 40.0, 0.45
 """Prompts a second, usually and in the burst; the share of all prompts that the burst has."""
 ACCOUNTS = ("one", "two")
-WINDOW_S, CALLS_A_WINDOW = 4, 30
-"""Of each account: no window of so many seconds has more calls."""
+CALLS_AT_ONCE = 3
+"""Each account's limit, which refuses any call above it; batches do not count."""
 LATENCY_MS, OUTPUT_TOKENS = "150..600", 200
 BATCH_MS = "1000..3000"
 TIMEOUT_S = 120.0
@@ -241,8 +241,7 @@ def site(console: Console) -> Iterator[Site]:
     LOGS.mkdir(parents=True, exist_ok=True)
     ports = [free_port() for _ in ACCOUNTS]
     options = ["--latency-ms", LATENCY_MS, "--output-tokens", str(OUTPUT_TOKENS)]
-    options += ["--rpm", str(CALLS_A_WINDOW), "--limit-window-s", str(WINDOW_S)]
-    options += ["--batch-ms", BATCH_MS]
+    options += ["--max-concurrent", str(CALLS_AT_ONCE), "--batch-ms", BATCH_MS]
     with (
         tempfile.TemporaryDirectory(prefix="inference-") as directory,
         servers(console) as (postgres, valkey),
@@ -276,7 +275,6 @@ def site(console: Console) -> Iterator[Site]:
 
 def fleet_toml(arm: Arm, urls: Sequence[str]) -> str:
     """The arm's configuration; a feature that is off is not in it."""
-    per_minute = CALLS_A_WINDOW * 60 // WINDOW_S
     text = _FLEET_TOML.format(
         cache=str(arm.has("cache")).lower(),
         compact=str(arm.has("compact")).lower(),
@@ -290,8 +288,7 @@ def fleet_toml(arm: Arm, urls: Sequence[str]) -> str:
             text += f'base_url = "{url}/v1"\n'
             text += f"batch_api = {str(arm.has('batch')).lower()}\n"
             if arm.has("limits"):
-                text += f'limits = {{ account = "{account}", learn = false, '
-                text += f"requests_per_minute = {per_minute} }}\n"
+                text += f'limits = {{ account = "{account}", max_concurrency = {CALLS_AT_ONCE} }}\n'
     return text
 
 
@@ -477,8 +474,7 @@ def write_report(
         "patient": sum(question.patient for question in questions),
         "seconds": questions[-1].at_s,
         "models": _MODELS,
-        "calls_a_window": CALLS_A_WINDOW,
-        "window_s": WINDOW_S,
+        "calls_at_once": CALLS_AT_ONCE,
         "accounts": len(ACCOUNTS),
         "latency_ms": LATENCY_MS,
         "output_tokens": OUTPUT_TOKENS,
@@ -499,8 +495,6 @@ SELECT total_ms, state, cache, tier, model, (metadata ->> 'patient')::bool AS pa
 _COST = "SELECT sum(coalesce(cost_usd, 0) + coalesce(estimated_usd, 0)) FROM ledger"
 _FLEET_TOML = """
 default_tier = "standard"
-[limits]
-headroom = 0.05
 [cache]
 enabled = {cache}
 [compact]

@@ -400,6 +400,12 @@ async def test_limits_that_responses_tell_are_passed_on_when_they_change() -> No
     assert "b" not in quotas.listeners
 
 
+async def test_a_deployment_that_learns_nothing_hears_nothing() -> None:
+    text = FLEET.replace("limits = { ", "limits = { learn = false, ")
+    assert "learn = false" in text
+    assert quotas_of(parse_fleet(text), Keeper()).listeners == {}
+
+
 def test_jobs_of_two_tenants_share_no_request_where_tenants_have_limits() -> None:
     def requests(fleet: Fleet) -> list[int]:
         quotas = quotas_of(fleet, Keeper())

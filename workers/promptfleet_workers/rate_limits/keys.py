@@ -49,11 +49,12 @@ class LimitKey:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The keys of a call to one deployment."""
+    """The keys of a call to one deployment; `learns` if its responses may lower them."""
 
     keys: tuple[LimitKey, ...]
     health: LimitKey | None = None
     permits: tuple[LimitKey, ...] = ()
+    learns: bool = False
 
 
 class KeyBook:
@@ -121,7 +122,7 @@ def _plan_of(deployment: Deployment) -> Plan:
         told = [_told(owner, label, dimension, health.name) for dimension in _TELLING]
         keys += [key for key in told if key.name not in known]
     permits = tuple(key for key in keys if key.kind == "permits")
-    return Plan(keys=(health, *keys), health=health, permits=permits)
+    return Plan(keys=(health, *keys), health=health, permits=permits, learns=limits.learn)
 
 
 _TELLING = (

@@ -131,7 +131,7 @@ class Quotas:
         self.listeners: Mapping[str, Callable[[Mapping[str, str]], None]] = {
             name: _Listener(plan, keeper).hear
             for name, plan in book.plans.items()
-            if any(key.kind == "rate" for key in plan.keys)
+            if plan.learns and any(key.kind == "rate" for key in plan.keys)
         }
 
     def concerns(self, candidate: Candidate) -> bool:
