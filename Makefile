@@ -1,7 +1,7 @@
 # The same commands for a person and for CI. Each one first sets up what it needs.
 PYTHON ?= python3
 ARGS ?=
-JOBS ?= 3
+JOBS ?= 4
 MINUTES ?= 10
 SEED ?=
 
@@ -34,7 +34,7 @@ demo: $(INSTALLED) ## Run the whole fleet on this machine with real prompts
 	$(BIN)/promptfleet demo $(ARGS)
 
 test: $(INSTALLED) local-model $(NODE_PACKAGES) ## Run the tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 nemesis: $(INSTALLED) ## Break a running fleet at random, and count what became of each prompt
 	$(BIN)/python -m tests.faults.nemesis --minutes $(MINUTES) $(addprefix --seed ,$(SEED)) $(ARGS)
