@@ -1,7 +1,7 @@
 # The same commands for a person and for CI. Each one first sets up what it needs.
 PYTHON ?= python3
 ARGS ?=
-JOBS ?= 4
+JOBS ?= 3
 MINUTES ?= 10
 SEED ?=
 
@@ -24,7 +24,7 @@ help: ## Show the commands
 	@echo
 	@echo "  PYTHON=python3.13 picks the interpreter; ARGS='...' is passed on,"
 	@echo "  e.g. make test ARGS='tests/unit -k retries'."
-	@echo "  JOBS=4 is how many test files run at once."
+	@echo "  JOBS=3 is how many test files run at once."
 	@echo "  MINUTES=10 SEED=7 is how long the nemesis breaks, and which run it repeats."
 
 install: $(INSTALLED) ## Create .venv and install promptfleet for development
