@@ -9,11 +9,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from promptfleet.transcripts import Transcript
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_shared.token_stream import KEY_PREFIX, Entry, stream_key
 
@@ -94,13 +91,7 @@ class StreamWatcher:
             retry_s: Seconds between two tries while it is away.
         """
         self._retry_s = retry_s
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # the next read is the retry
-            socket_timeout=None,  # each read is bounded as a whole
-            socket_connect_timeout=PATIENCE_S,
-        )
+        self._redis = impatient_client(url, connect_s=PATIENCE_S)
         self._watched: dict[bytes, _Watched] = {}
         self._task: asyncio.Task[None] | None = None
         # An entry in this stream ends a read that does not know of a new watch yet.

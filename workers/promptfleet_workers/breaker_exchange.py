@@ -14,10 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.breaker_reports import FleetView, Report, Terms
 from promptfleet_workers.breakers import Breakers
@@ -68,13 +66,7 @@ class BreakerExchange:
         self._closing = False
         self._ended = asyncio.Event()
         self._ended.set()
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # the next exchange is the retry
-            socket_timeout=None,  # each exchange is bounded as a whole
-            socket_connect_timeout=timeout_s,
-        )
+        self._redis = impatient_client(url, connect_s=timeout_s)
         files = importlib.resources.files("promptfleet_workers")
         self._script = self._redis.register_script(files.joinpath("breaker.lua").read_text("utf-8"))
         for breaker in breakers.all():

@@ -19,14 +19,12 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import orjson
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.fleet import Fleet
 from promptfleet_shared.jobs import Outcome, Release, Usage
 from promptfleet_shared.policies.budgets import NANOS, Budget
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_shared.store import costs as costs_store
 from promptfleet_shared.store.database import AsyncDatabase
@@ -154,13 +152,7 @@ class Budgets:
         self._unsent: list[_End] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending = asyncio.Lock()  # what is announced must not be settled meanwhile
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=None,
-            socket_connect_timeout=timeout_s,
-        )
+        self._redis = impatient_client(url, connect_s=timeout_s)
         files = importlib.resources.files("promptfleet_workers")
         self._script = self._redis.register_script(files.joinpath("budget.lua").read_text("utf-8"))
         self._closing = asyncio.Event()

@@ -16,11 +16,8 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from promptfleet_shared.jobs import ClaimedJob, JobState, Outcome
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_shared.store.claims import storable_text
 from promptfleet_shared.token_stream import (
@@ -133,13 +130,7 @@ class TokenStreams:
         self._timer: asyncio.TimerHandle | None = None
         self._planned_at = 0.0
         self._is_away = False
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # the next write is the retry
-            socket_timeout=None,  # each write is bounded as a whole
-            socket_connect_timeout=timeout_s,
-        )
+        self._redis = impatient_client(url, connect_s=timeout_s)
         files = importlib.resources.files("promptfleet_workers")
         lua = files.joinpath("token_stream_add.lua").read_text("utf-8")
         self._add = self._redis.register_script(lua)

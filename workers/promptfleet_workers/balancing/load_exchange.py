@@ -15,10 +15,8 @@ import uuid
 from collections.abc import Callable, Sequence
 
 import orjson
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.balancing.places import ALONE_AFTER_S, LoadReport, Places
 
@@ -73,13 +71,7 @@ class LoadExchange:
         self._closing = False
         self._ended = asyncio.Event()
         self._ended.set()
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # the next exchange is the retry
-            socket_timeout=None,  # each exchange is bounded as a whole
-            socket_connect_timeout=timeout_s,
-        )
+        self._redis = impatient_client(url, connect_s=timeout_s)
         files = importlib.resources.files("promptfleet_workers.balancing")
         self._script = self._redis.register_script(files.joinpath("loads.lua").read_text("utf-8"))
         places.wake = self._woken.set

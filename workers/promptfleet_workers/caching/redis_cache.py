@@ -11,11 +11,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import redis.asyncio
 from redis.asyncio.client import PubSub
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.caching.protocol import Item, Reply, Turn
 
@@ -61,13 +59,7 @@ class RedisCache:
         self._clock = clock
         self._cold_until = float("-inf")
         self._marker = MARK + uuid.uuid4().hex.encode() + b" "
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # a miss is cheaper than a wait
-            socket_timeout=None,  # each call is bounded as a whole
-            socket_connect_timeout=timeout_s,
-        )
+        self._redis = impatient_client(url, connect_s=timeout_s)
         self._ask = self._script("cache_ask.lua")
         self._set = self._script("cache_set.lua")
         self._release = self._script("cache_release.lua")

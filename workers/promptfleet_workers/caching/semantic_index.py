@@ -19,10 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import orjson
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.caching.probe import Match, Probe
 
@@ -121,13 +119,7 @@ class SemanticIndex:
         self._cold_until = float("-inf")
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
         self._lock = asyncio.Lock()
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # a miss is cheaper than a wait
-            socket_timeout=None,  # each call is bounded as a whole
-            socket_connect_timeout=timeout_s,
-        )
+        self._redis = impatient_client(url, connect_s=timeout_s)
 
     def normalized(self, numbers: Sequence[float]) -> bytes | None:
         """An embedding as a probe keeps it; None for one without a direction."""

@@ -15,10 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.rate_limits.asking import (
     Grant,
@@ -95,13 +93,7 @@ class FleetLimits:
         self._asking: asyncio.Task[None] | None = None
         self._lost_until = float("-inf")
         self._is_lost = False
-        self._redis: redis.asyncio.Redis = redis.asyncio.Redis.from_url(
-            url,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),  # the local share is the retry
-            socket_timeout=None,  # each round trip is bounded as a whole
-            socket_connect_timeout=timeout_s,
-        )
+        self._redis = impatient_client(url, connect_s=timeout_s)
         files = importlib.resources.files("promptfleet_workers.rate_limits")
         self._script = self._redis.register_script(files.joinpath("reserve.lua").read_text("utf-8"))
 
