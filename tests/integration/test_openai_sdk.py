@@ -719,7 +719,9 @@ def test_a_real_model(client: openai.OpenAI) -> None:
         model="real", messages=messages, response_format=form, max_tokens=40
     )
     assert isinstance(orjson.loads(reply.choices[0].message.content or "")["n"], int)
-    response = client.responses.create(model="real", input="Count to ten.", max_output_tokens=4)
+    response = client.responses.create(
+        model="real", input="Count to ten.", max_output_tokens=4, temperature=0
+    )
     assert response.status == "incomplete"
     assert response.output_text
     text = client.completions.create(model="real", prompt=["One, two,", "A, b,"], max_tokens=3)
