@@ -30,6 +30,7 @@ CLAIMERS = 8
 SWEEPERS = 2
 LEASE_S = 0.1
 DEADLINE_S = 60.0
+SWEEPS_IN_THE_MIDDLE = 60
 
 
 Turn = Callable[[sa.Connection, random.Random], None]
@@ -196,6 +197,33 @@ def test_every_job_ends_once_and_by_its_rightful_owner(
     _check(arena, _read(database))
     assert arena.refused > 0, "no zombie ever tried: the test has lost its teeth"
     assert arena.swept["lost"] > 0
+
+
+def test_a_lease_that_ends_in_the_middle_of_a_sweep_is_judged_once(database: sa.Engine) -> None:
+    """It must not be over for one column of its row and go on for the next."""
+    ids = insert(database, *[spec(f"{n}", deadline_s=600.0) for n in range(1000)])
+    with database.begin() as connection:
+        for job in claim(connection, ids, worker="gone", lease_s=LEASE_S):
+            assert job.fence == 1
+    lease = sa.text(
+        "UPDATE jobs SET state = 'running', fence = 1, crashes = 0, unknown_calls = 0,"
+        " claim_calls = 1, attempt = 1, sweep_at = clock_timestamp(),"
+        " lease_until = clock_timestamp() + random() * interval '20 ms'"
+    )
+    torn = sa.text(
+        "SELECT count(*) FROM jobs WHERE unknown_calls <> crashes OR fence <> 1 + crashes"
+        " OR (state = 'queued') <> (crashes = 1) OR attempt <> 1 - crashes"
+    )
+    judged: collections.Counter[str] = collections.Counter()
+    for _ in range(SWEEPS_IN_THE_MIDDLE):
+        with database.begin() as connection:
+            connection.execute(lease)
+        with database.begin() as connection:
+            judged.update(sweeping.sweep(connection, limit=1000).verdicts)
+        with database.begin() as connection:
+            assert connection.execute(torn).scalar_one() == 0
+    assert judged["alive"] > 100
+    assert judged["lost"] > 100
 
 
 def _wait_until_all_are_final(arena: Arena, database: sa.Engine) -> None:

@@ -18,28 +18,32 @@ RING_BACKOFF_MAX_S = 300
 
 # Each due job gets a verdict. Final ones get their results row (and callback) here and now;
 # queued ones are rung again after 30 s, 60 s, 120 s … so that a long backlog is not rung to death.
+# The clock is read once: a lease that ends between two looks at it would be over for one column of
+# its row, and go on for the next.
 _SWEEP = sa.text("""
-WITH due AS MATERIALIZED (
-    SELECT id AS job_id, state = 'running' AND lease_until < clock_timestamp() AS lapsed,
+WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), due AS MATERIALIZED (
+    SELECT id AS job_id, (SELECT now FROM clock) AS now,
+           state = 'running' AND lease_until < (SELECT now FROM clock) AS lapsed,
            -- What a lost claim had begun to call may have been answered, and billed.
-           CASE WHEN state = 'running' AND lease_until < clock_timestamp()
-                  OR state = 'submitted' AND (cancel_requested OR deadline <= clock_timestamp()
-                     OR run_at <= clock_timestamp() AND on_unknown <> 'fail')
+           CASE WHEN state = 'running' AND lease_until < (SELECT now FROM clock)
+                  OR state = 'submitted' AND (cancel_requested
+                     OR deadline <= (SELECT now FROM clock)
+                     OR run_at <= (SELECT now FROM clock) AND on_unknown <> 'fail')
                 THEN claim_calls ELSE 0 END AS charged, CASE
-               WHEN state = 'running' AND lease_until >= clock_timestamp() THEN 'alive'
+               WHEN state = 'running' AND lease_until >= (SELECT now FROM clock) THEN 'alive'
                WHEN cancel_requested THEN 'cancelled'
-               WHEN deadline <= clock_timestamp() THEN 'expired'
+               WHEN deadline <= (SELECT now FROM clock) THEN 'expired'
                WHEN state = 'running' AND crashes + 1 >= :max_crashes THEN 'poison'
                WHEN state = 'running' AND on_unknown = 'fail' AND claim_calls > 0 THEN 'unknown'
                WHEN state = 'running' THEN 'lost'
                -- `run_at` is when a provider's batch has had it for long enough. What must not be
                -- called twice waits on, once the provider may have it.
-               WHEN state = 'submitted' AND (run_at > clock_timestamp()
+               WHEN state = 'submitted' AND (run_at > (SELECT now FROM clock)
                     OR on_unknown = 'fail' AND claim_calls > 0) THEN 'alive'
                WHEN state = 'submitted' THEN 'spill'
                WHEN id = ANY(CAST(:parked AS uuid[])) THEN 'parked'
                ELSE 'ring' END AS verdict
-      FROM jobs WHERE finished_at IS NULL AND sweep_at <= clock_timestamp()
+      FROM jobs WHERE finished_at IS NULL AND sweep_at <= (SELECT now FROM clock)
      ORDER BY sweep_at LIMIT :limit FOR UPDATE SKIP LOCKED
 ), moved AS (
     UPDATE jobs SET
@@ -72,7 +76,7 @@ WITH due AS MATERIALIZED (
                 'code', 'expired', 'message', 'the deadline passed before the job succeeded')
                 ELSE last_error END,
            sweep_at = CASE verdict WHEN 'alive' THEN coalesce(lease_until, CASE
-                     WHEN run_at > clock_timestamp() THEN least(run_at, deadline)
+                     WHEN run_at > now THEN least(run_at, deadline)
                      ELSE deadline END)
                 -- Its doorbell waits its turn, and is not lost.
                 WHEN 'parked' THEN least(deadline,
