@@ -245,6 +245,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """A whole request is here; it is answered after the parser returns."""
+        self._head_ended = True  # this piece was the body's, not the next head's
         if self._body_size > self._server.max_body_bytes:
             return
         path, _, query = self._url.decode("latin-1").partition("?")
