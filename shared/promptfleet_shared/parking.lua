@@ -13,7 +13,6 @@
 -- For a queue, after its name:
 --   :parked             how many jobs wait
 --   :workers            sorted set: who takes from it, by when they were seen
---   :transit            sorted set: messages that are being sent, by when nobody believes it any more
 --   :blocked            sorted set: tenants and keys at their bound, by when to look again
 -- For a pool of it, b for all jobs and u for those that may use the interactive reserve:
 --   :q:TENANT[\0KEY]    sorted set: ids by score
@@ -22,10 +21,11 @@
 --   :now                the virtual time
 --
 -- ARGV: 1 the queue, 2 the worker that asks or '', 3 '1' to empty the place, 4 how many jobs are
--- held, 5 how many are let go, 6 how many groups are parked; then triples of id, tenant and key,
--- ids, and groups of tenant, key, priority, how many, and ids.
+-- held, 5 how many are let go, 6 how many groups are parked, 7 a message as doorbell_message.py
+-- makes it, 8 a UUID for the first of them, 9 and 10 the lists of urgent and of other messages; then
+-- triples of id, tenant and key, ids, and groups of tenant, key, priority, how many, and ids.
 -- Returns the configuration's id ('off' where fairness is off), jobs parked, tenants whose jobs may
--- run, bounds that are reached, and messages to send: each its token, tenants that waited, and ids.
+-- run, bounds that are reached, and how many messages went to the queue.
 local root, queue, worker, drain = KEYS[1], ARGV[1], ARGV[2], ARGV[3] == '1'
 local at = root .. ':' .. queue
 local time = redis.call('TIME')
@@ -35,11 +35,11 @@ local HOLD_MS = 60000      -- a job in flight counts for so long unless its work
 local OLD_MS = 15000       -- a message is claimed before, or lost
 local SETTLE_MS = 2000     -- after a loss, until all workers have said what they hold
 local SEEN_MS = 5000       -- a worker takes messages until it was not seen for so long
-local TRANSIT_MS = 1000    -- sending a message takes no longer
 local RECHECK_MS = 1000    -- bounds are looked at again, for holds that ended in silence
 local STEPS = 8            -- of priority, each a list of Celery's
 local URGENT_STEPS = 2     -- the first of them
 local SOME = 500           -- arguments of one call, at most
+local SHOWN = 10           -- ids that Flower shows of a message
 
 local config = setmetatable({}, {__index = function(known, field)
   local value = redis.call('HGET', root .. ':config', field)
@@ -204,7 +204,8 @@ local function pop_of(pool, tenant, most)
     return pop(pool, tenant, '', most), redis.call('EXISTS', plain) == 1
   end
   local ids = {}
-  while #ids < most do
+  for _ = 1, most + redis.call('ZCARD', keyed) do -- each finds a job, or a key at its bound
+    if #ids >= most then break end
     local mine = redis.call('ZRANGE', plain, 0, 0, 'WITHSCORES')
     local theirs = redis.call('ZRANGE', keyed, 0, 0, 'WITHSCORES')
     if not mine[1] and not theirs[1] then break end
@@ -224,7 +225,8 @@ end
 -- The next message: up to `most` jobs in the order of their tenants' virtual times.
 local function take(pool, most)
   local active, ids = at .. pool .. ':active', {}
-  while #ids < most do
+  for _ = 1, most + redis.call('ZCARD', active) do -- each finds jobs, or a tenant that has none
+    if #ids >= most then break end
     local first = redis.call('ZRANGE', active, 0, 1, 'WITHSCORES')
     local tenant, start = first[1], tonumber(first[2])
     if not tenant then break end
@@ -269,18 +271,37 @@ end
 local function room_in_queue(pool)
   if drain then return 100 end
   local room = math.max(1, math.ceil(redis.call('ZCARD', at .. ':workers') / 2))
-  for _, token in ipairs(redis.call('ZRANGE', at .. ':transit', 0, -1)) do
-    if string.sub(token, 1, 2) == pool then room = room - 1 end
-  end
   if pool == ':u' then return room - length(0, URGENT_STEPS - 1) end
   return room - length(urgent_from and URGENT_STEPS or 0, STEPS - 1)
 end
 
+local sent = 0
+
+-- Put a message into the queue, as Celery would. Its id is that of this call, counted on.
+local function send(pool, tenants, ids)
+  local step = tonumber(pool == ':u' and ARGV[9] or ARGV[10])
+  local why = pool == ':u' and ',"reserve":true' or ''
+  why = (tenants > 1 or why ~= '') and ',{"tenants":' .. tenants .. why .. '}' or ''
+  local arguments = '[["' .. table.concat(ids, '","') .. '"]' .. why .. ']'
+  local shown = table.concat(ids, ', ', 1, math.min(#ids, SHOWN)) .. (#ids > SHOWN and ', ...' or '')
+  local values = {
+    ['@task@'] = string.sub(ARGV[8], 1, -5) .. string.format('%04x', sent),
+    ['"@step@"'] = step,
+    ['\\"@args@\\"'] = string.gsub(arguments, '"', '\\"'),
+    ['@shown@'] = '[' .. shown .. ']',
+  }
+  local message = ARGV[7]
+  for mark, value in pairs(values) do
+    message = string.gsub(message, mark, function() return value end)
+  end
+  redis.call('LPUSH', step == 0 and queue or queue .. '\6\22' .. step, message)
+  sent = sent + 1
+end
+
 if worker ~= '' and not drain then redis.call('ZADD', at .. ':workers', now, worker) end
 redis.call('ZREMRANGEBYSCORE', at .. ':workers', '-inf', now - SEEN_MS)
-redis.call('ZREMRANGEBYSCORE', at .. ':transit', '-inf', now)
 
-local n = 7
+local n = 11
 for _ = 1, tonumber(ARGV[4]) do
   hold(ARGV[n], ARGV[n + 1], ARGV[n + 2])
   n = n + 3
@@ -289,7 +310,7 @@ for _ = 1, tonumber(ARGV[5]) do -- after them: what ended meanwhile is not held 
   let_go(ARGV[n])
   n = n + 1
 end
-if config.off == '1' and not drain then return {'off', 0, 0, 0, {}} end
+if config.off == '1' and not drain then return {'off', 0, 0, 0, 0} end
 local added = 0
 for _ = 1, tonumber(ARGV[6]) do
   local tenant, key, priority, count = ARGV[n], ARGV[n + 1], tonumber(ARGV[n + 2]), tonumber(ARGV[n + 3])
@@ -303,7 +324,6 @@ for _ = 1, tonumber(ARGV[6]) do
 end
 
 local parked = tonumber(redis.call('INCRBY', at .. ':parked', added))
-local messages = {}
 if config.id and parked > 0 or drain then
   unblock()
   local most = tonumber(config['chunk:' .. queue] or 100)
@@ -313,14 +333,12 @@ if config.id and parked > 0 or drain then
       if tenants == 0 then break end
       local ids = take(pool, most)
       if #ids == 0 then break end
-      local token = pool .. ':' .. redis.call('INCR', root .. ':tokens')
-      redis.call('ZADD', at .. ':transit', now + TRANSIT_MS, token)
-      messages[#messages + 1] = {token, tenants, ids}
+      send(pool, tenants, ids)
     end
     forget_the_past(pool)
   end
 end
 return {
   config.id or '', tonumber(redis.call('GET', at .. ':parked')),
-  redis.call('ZCARD', at .. ':b:active'), redis.call('ZCARD', at .. ':blocked'), messages,
+  redis.call('ZCARD', at .. ':b:active'), redis.call('ZCARD', at .. ':blocked'), sent,
 }

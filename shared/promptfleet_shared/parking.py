@@ -19,20 +19,19 @@ from typing import Any
 from celery import Celery
 from redis.exceptions import NoScriptError, ResponseError
 
+from promptfleet_shared.doorbell_message import doorbell_template
 from promptfleet_shared.jobs import DEFAULT_PRIORITY, MAX_PRIORITY, Doorbell
 from promptfleet_shared.policies.fairness import FairnessSection
-from promptfleet_shared.queueing import (
-    PARKING_KEY,
-    asking_broker,
-    publish,
-    send_doorbell,
-)
+from promptfleet_shared.queueing import PARKING_KEY, asking_broker, publish, redis_step
 from promptfleet_shared.tiers import queue_name
 
 IDS_A_CALL = 1000
 """Redis does nothing else meanwhile, for about 2 ms."""
 OFF = "off"
-URGENT_POOL = b":u:"
+URGENT_STEP = redis_step(MAX_PRIORITY)
+"""The list of messages for the interactive reserve."""
+USUAL_STEP = redis_step(DEFAULT_PRIORITY)
+"""That of all others: their order was made before."""
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +72,7 @@ class ParkingLot:
         """Read the script; nothing is asked yet."""
         files = importlib.resources.files("promptfleet_shared")
         self._source = files.joinpath("parking.lua").read_text("utf-8")
+        self._templates: dict[str, str] = {}
         self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
 
     def deliver(self, app: Celery, doorbells: Iterable[Doorbell]) -> int:
@@ -127,43 +127,23 @@ class ParkingLot:
         Raises:
             BrokerUnavailableError: The broker can't be reached.
         """
-        arguments = [queue_name(tier), worker, int(drain), len(held), len(let_go)]
+        if tier not in self._templates:
+            self._templates[tier] = doorbell_template(app, tier)
         groups = _grouped(bells)
-        arguments.append(len(groups))
+        arguments = [queue_name(tier), worker, int(drain), len(held), len(let_go), len(groups)]
+        arguments += [self._templates[tier], str(uuid.uuid4()), URGENT_STEP, USUAL_STEP]
         for job in held:
             arguments += [str(job.job_id), job.tenant, job.concurrency_key or ""]
         arguments += map(str, let_go)
         for (tenant, key, priority), ids in groups.items():
             arguments += [tenant, key, priority, len(ids), *ids]
-        with asking_broker(app), app.producer_or_acquire() as producer:
-            with _scripting(producer) as client:
-                reply = None if client is None else self._run(client, arguments)
-            if reply is None:
-                return None
-            known, parked, eligible, blocked, messages = reply
-            for token, tenants, ids in messages:
-                urgent = token.startswith(URGENT_POOL)
-                priority = MAX_PRIORITY if urgent else DEFAULT_PRIORITY
-                why = {"tenants": tenants, "reserve": True} if urgent else {"tenants": tenants}
-                send_doorbell(
-                    app,
-                    [job_id.decode() for job_id in ids],
-                    tier=tier,
-                    priority=priority,
-                    why=why if tenants > 1 or urgent else None,
-                    producer=producer,
-                )
-            if messages:
-                with _scripting(producer) as client:
-                    if client is not None:
-                        tokens = [token for token, _, _ in messages]
-                        client.zrem(f"{PARKING_KEY}:{queue_name(tier)}:transit", *tokens)
+        with _client(app) as client:
+            reply = None if client is None else self._run(client, arguments)
+        if reply is None:
+            return None
+        known, parked, eligible, blocked, sent = reply
         return Turn(
-            known=known.decode(),
-            parked=parked,
-            eligible=eligible,
-            blocked=blocked,
-            sent=len(messages),
+            known=known.decode(), parked=parked, eligible=eligible, blocked=blocked, sent=sent
         )
 
     def _run(self, client: Any, arguments: Sequence[object]) -> Any:

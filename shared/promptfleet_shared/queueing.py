@@ -11,7 +11,7 @@ import time
 import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 # The first doorbell may be rung at exit, when this can no longer be imported.
@@ -130,44 +130,17 @@ def publish(app: Celery, doorbells: Iterable[Doorbell]) -> int:
         for (tier, step), ids in _grouped(doorbells).items():
             for start in range(0, len(ids), MAX_IDS):
                 some = ids[start : start + MAX_IDS]
-                _send(app, [some], queue=queue_name(tier), step=step, producer=producer)
+                app.send_task(
+                    RUN_PROMPTS,
+                    args=[some],
+                    queue=queue_name(tier),
+                    priority=step,
+                    producer=producer,
+                    retry=False,
+                    ignore_result=True,
+                )
                 messages += 1
     return messages
-
-
-def send_doorbell(
-    app: Celery,
-    ids: Sequence[str],
-    *,
-    tier: str,
-    priority: int,
-    why: Mapping[str, object] | None,
-    producer: Any,
-) -> None:
-    """Send one message whose turn has come.
-
-    Args:
-        app: From `make_celery`.
-        ids: Of jobs, `MAX_IDS` at most.
-        tier: Theirs.
-        priority: The message's, not the jobs'.
-        why: What the jobs waited for, to be seen on their results; small.
-        producer: Kombu's, in use.
-    """
-    args: list[object] = [list(ids)] if why is None else [list(ids), why]
-    _send(app, args, queue=queue_name(tier), step=redis_step(priority), producer=producer)
-
-
-def _send(app: Celery, args: Sequence[object], *, queue: str, step: int, producer: Any) -> None:
-    app.send_task(
-        RUN_PROMPTS,
-        args=list(args),
-        queue=queue,
-        priority=step,
-        producer=producer,
-        retry=False,
-        ignore_result=True,
-    )
 
 
 def _grouped(doorbells: Iterable[Doorbell]) -> dict[tuple[str, int], list[str]]:
@@ -184,15 +157,21 @@ def queue_depths(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
     Raises:
         BrokerUnavailableError: The broker can't be reached.
     """
-    depths = {}
+    names = tuple(tiers)
     with asking_broker(app), app.connection_or_acquire() as connection:
-        channel = connection.default_channel
-        names = tuple(tiers)
-        parked = _parked(channel, names)
-        for tier in names:
-            declared = channel.queue_declare(queue=queue_name(tier), passive=False)
-            depths[tier] = int(declared.message_count) + parked.get(tier, 0)
-    return depths
+        parked = _parked(connection.default_channel, names)
+        queued = _queued(connection.default_channel, names)
+    return {tier: queued[tier] + parked.get(tier, 0) for tier in names}
+
+
+def queued_messages(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
+    """How many messages wait in each tier's queue, without what is parked.
+
+    Raises:
+        BrokerUnavailableError: The broker can't be reached.
+    """
+    with asking_broker(app), app.connection_or_acquire() as connection:
+        return _queued(connection.default_channel, tuple(tiers))
 
 
 def parked_jobs(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
@@ -203,6 +182,13 @@ def parked_jobs(app: Celery, tiers: Iterable[str]) -> dict[str, int]:
     """
     with asking_broker(app), app.connection_or_acquire() as connection:
         return _parked(connection.default_channel, tuple(tiers))
+
+
+def _queued(channel: Any, tiers: Sequence[str]) -> dict[str, int]:
+    declared = {
+        tier: channel.queue_declare(queue=queue_name(tier), passive=False) for tier in tiers
+    }
+    return {tier: int(queue.message_count) for tier, queue in declared.items()}
 
 
 def _parked(channel: Any, tiers: Sequence[str]) -> dict[str, int]:
