@@ -34,10 +34,13 @@ class Database:
 
     def __init__(self, url: str, *, application_name: str, pool_size: int = 1) -> None:
         """Connect at first use."""
-        engine = make_engine(
-            url, application_name=application_name, pool_size=pool_size, patience_s=PATIENCE_S
+        self._engine = make_engine(
+            url,
+            application_name=application_name,
+            pool_size=pool_size,
+            patience_s=PATIENCE_S,
+            autocommit=True,
         )
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.last_commit = 0.0
 
     def run(self, statement: Statement[T]) -> T:
@@ -72,11 +75,14 @@ class AsyncDatabase:
 
     def __init__(self, url: str, *, application_name: str, pool_size: int = 5) -> None:
         """Connect at first use, on the loop that runs then."""
-        engine = make_async_engine(
-            url, application_name=application_name, pool_size=pool_size, patience_s=PATIENCE_S
+        self._engine = make_async_engine(
+            url,
+            application_name=application_name,
+            pool_size=pool_size,
+            patience_s=PATIENCE_S,
+            autocommit=True,
         )
-        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._transactions = engine
+        self._transactions = self._engine.execution_options(isolation_level="READ COMMITTED")
         self.last_commit = 0.0
 
     async def run(self, statement: Statement[T]) -> T:

@@ -35,8 +35,14 @@ def normalise_url(url: str) -> sa.URL:
     return parsed.set(drivername=_DRIVER)
 
 
-def _options(application_name: str, pool_size: int, connect_timeout_s: int) -> dict[str, Any]:
-    return {
+def _options(
+    application_name: str, pool_size: int, connect_timeout_s: int, *, autocommit: bool
+) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if autocommit:
+        # Set once a connection, and not for each statement and back.
+        options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
+    return options | {
         "pool_size": pool_size,
         # Beyond the pool, SQLAlchemy would connect anew for a statement and hang up after it.
         "max_overflow": 0,
@@ -86,6 +92,7 @@ def make_engine(
     pool_size: int = 5,
     connect_timeout_s: int = CONNECT_TIMEOUT_S,
     patience_s: float | None = None,
+    autocommit: bool = False,
 ) -> sa.Engine:
     """An engine for synchronous callers; it connects at first use.
 
@@ -96,8 +103,9 @@ def make_engine(
         connect_timeout_s: Seconds for each address of the server, from 2.
         patience_s: Seconds that a statement may take before its connection is broken off; None
             waits as long as it takes, which suits migrations.
+        autocommit: True for one whose statements are transactions of their own, as a rule.
     """
-    options = _options(application_name, pool_size, connect_timeout_s)
+    options = _options(application_name, pool_size, connect_timeout_s, autocommit=autocommit)
     options["poolclass"] = FairPool
     engine = sa.create_engine(normalise_url(url), **options)
     _prepare(engine, patience_s)
@@ -111,9 +119,10 @@ def make_async_engine(
     pool_size: int = 5,
     connect_timeout_s: int = CONNECT_TIMEOUT_S,
     patience_s: float | None = None,
+    autocommit: bool = False,
 ) -> AsyncEngine:
     """An engine for asynchronous callers; the parameters are those of `make_engine`."""
-    options = _options(application_name, pool_size, connect_timeout_s)
+    options = _options(application_name, pool_size, connect_timeout_s, autocommit=autocommit)
     engine = create_async_engine(normalise_url(url), **options)
     _prepare(engine.sync_engine, patience_s)
     return engine
