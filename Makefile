@@ -16,6 +16,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 NO_LOCAL_MODEL := The local model has no wheel here: the demo uses the simulated provider instead.
 
+# Hundreds of processes import the same modules: they are compiled once, also where the environment
+# says that nothing compiled is to be kept.
+test check: export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install local-model venv demo test nemesis check bench clean
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
+from tests.forking import ForkedProcess, can_be_forked
 from tests.waiting import eventually
 
 from promptfleet_workers.providers.simulated.answers import prompt_hash
@@ -30,15 +31,7 @@ class Process:
         self, argv: Sequence[str], *, log: Path, ready: str, env: Mapping[str, str] | None = None
     ) -> None:
         self.log = log
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                list(argv),
-                env=dict(os.environ if env is None else env),
-                cwd=log.parent,  # where no fleet.toml lies about
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        self._process = _started(argv, log=log, env=os.environ if env is None else env)
         try:
             eventually(lambda: self._is_ready(ready), f"{log.name} is ready", timeout_s=START_S)
         except BaseException:
@@ -87,6 +80,23 @@ class Process:
         output = self.output
         assert self.running or ready in output, f"it ended:\n{output[-4000:]}"
         return ready in output
+
+
+def _started(
+    argv: Sequence[str], *, log: Path, env: Mapping[str, str]
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """The process, in the directory of its log, where no fleet.toml lies about."""
+    with log.open("ab") as output:
+        if can_be_forked(argv, env):
+            return ForkedProcess(argv, log=log, env=env)
+        return subprocess.Popen(
+            list(argv),
+            env=dict(env),
+            cwd=log.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 class Provider:

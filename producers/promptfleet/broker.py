@@ -8,7 +8,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from promptfleet_shared.errors import BrokerUnavailableError
-from promptfleet_shared.queueing import asking_broker, make_celery, queue_depths
+from promptfleet_shared.queueing import (
+    asking_broker,
+    make_celery,
+    parked_jobs,
+    queued_messages,
+)
 from promptfleet_shared.tiers import tier_of_queue
 
 T = TypeVar("T")
@@ -36,7 +41,11 @@ class Broker:
 
     def doorbells(self) -> Mapping[str, int]:
         """How many messages wait in each tier's queue."""
-        return self._ask(lambda: queue_depths(self._app, self._tiers))
+        return self._ask(lambda: queued_messages(self._app, self._tiers))
+
+    def parked(self) -> Mapping[str, int]:
+        """How many jobs of each tier wait for their tenant's turn, before its queue."""
+        return self._ask(lambda: parked_jobs(self._app, self._tiers))
 
     def workers(self, *, timeout_s: float) -> Mapping[str, Sequence[str]]:
         """The workers that answer in time, and the tiers that each serves."""

@@ -26,8 +26,8 @@ class Token(str):
     """A piece of a job's text: one of the provider's tokens, or a few.
 
     Attributes:
-        restarts: True where the answer begins anew, since its first try broke off in the middle:
-            drop what came before.
+        restarts: True where the answer begins anew, since its first try broke off in the middle or
+            failed its tier's check: drop what came before.
     """
 
     __slots__ = ("restarts",)

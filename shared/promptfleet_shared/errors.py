@@ -25,6 +25,8 @@ import inspect
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from promptfleet_shared.jobs import Usage
 
 
@@ -141,6 +143,7 @@ class ProviderError(PromptFleetError):
         retry_after_s: float | None = None,
         unknown_outcome: bool = False,
         usage: Usage | None = None,
+        limits: Mapping[str, float] | None = None,
     ) -> None:
         """Facts of the failure.
 
@@ -151,6 +154,8 @@ class ProviderError(PromptFleetError):
             retry_after_s: Seconds the provider told us to wait, if it did.
             unknown_outcome: True if the provider may have done (and billed) the work.
             usage: What the provider itself counted for it, where it did.
+            limits: The limits of a minute that its refusal names, by what they count: "requests",
+                "input_tokens", "output_tokens" or "tokens".
         """
         super().__init__(message)
         self.code = code  # type: ignore[misc]  # per failure here, per class elsewhere
@@ -158,3 +163,4 @@ class ProviderError(PromptFleetError):
         self.retry_after_s = retry_after_s
         self.unknown_outcome = unknown_outcome
         self.usage = usage
+        self.limits = limits

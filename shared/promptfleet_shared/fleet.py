@@ -162,6 +162,11 @@ class Deployment(Section):
             return self.api_key.get_secret_value()
         return os.environ.get(self.api_key_env) if self.api_key_env else None
 
+    @property
+    def key_name(self) -> str | None:
+        """The environment variable that its API key is taken from; None where it is from none."""
+        return self.api_key_env if self.api_key is None else None
+
 
 class Model(Section):
     """A model and where it runs.
@@ -263,6 +268,7 @@ class Fleet(Section):
             or self.memory.mistake(self.models)
             or self.routing.mistake(self.tier_names, self.models)
             or self._escalation_mistake()
+            or self.limits.mistake(self.api_keys)
         )
         if mistake is not None:
             raise ValueError(mistake)
@@ -288,6 +294,12 @@ class Fleet(Section):
             ),
             None,
         )
+
+    @property
+    def api_keys(self) -> frozenset[str]:
+        """The environment variables that deployments take their API keys from."""
+        deployments = (d for model in self.models.values() for d in model.deployments)
+        return frozenset(d.key_name for d in deployments if d.key_name)
 
     @property
     def tier_names(self) -> tuple[str, ...]:

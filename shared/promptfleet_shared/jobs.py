@@ -241,6 +241,7 @@ class Outcome(NamedTuple):
         saved_usd: US dollars that this answer would have cost without what saved them.
         turn: What its conversation is to remember of it, where it has one.
         lost: Those of the calls that cost something, or may have, and gave no answer.
+        in_conversation: True if another job may wait for this one's end to have its turn.
     """
 
     job_id: uuid.UUID
@@ -266,6 +267,7 @@ class Outcome(NamedTuple):
     saved_usd: Decimal | None = None
     turn: TurnTaken | None = None
     lost: tuple[LostCall, ...] = ()
+    in_conversation: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,6 +283,8 @@ class Release:
         usage: Tokens of those calls, for the ledger.
         cost_usd: The price of those calls; None where no price is known.
         lost: As of `Outcome`.
+        waits_turn: True for a turn of a conversation that an earlier one is before; `delay_s` is
+            how long it sleeps unless that one's end wakes it.
     """
 
     job_id: uuid.UUID
@@ -298,6 +302,7 @@ class Release:
     usage: Usage = NO_USAGE
     cost_usd: Decimal | None = None
     lost: tuple[LostCall, ...] = ()
+    waits_turn: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -149,10 +150,26 @@ def _check_part(line: str, where: str) -> None:
             ).processes
             known = [shlex.split(command)[:4] for command in processes.values()]
             assert words[:4] in known, where
+        case ["kubectl", *rest]:
+            _check_kubectl(rest, where)
         case ["export", assignment]:
             _check_variable(assignment.partition("=")[0], where)
         case [program, *_]:
             assert program in _OTHERS, where
+
+
+def _check_kubectl(words: list[str], where: str) -> None:
+    """Fail unless the files, the objects and the command within a container are ours."""
+    for flag, path in itertools.pairwise(words):
+        if flag in {"-f", "-k"}:
+            assert (ROOT / path).exists(), where
+    manifests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "infra/k8s").glob("*.yaml"))
+    for name in re.findall(r"\b(?:deploy|svc|job)[/ ]([\w-]+)", " ".join(words)):
+        assert f"\n  name: {name}\n" in manifests, where
+    if "--" in words:
+        program, *rest = words[words.index("--") + 1 :]
+        assert program == "promptfleet", where
+        _parse(rest, where)
 
 
 def _check_variable(name: str, where: str) -> None:

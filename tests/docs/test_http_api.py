@@ -12,6 +12,7 @@ from tests.docs.pages import ROOT
 import promptfleet.api
 from promptfleet.api import uploads
 from promptfleet.api.bodies import IDLE_S, MAX_DEPTH, MAX_VALUES
+from promptfleet.api.costs import MAX_ROWS
 from promptfleet.api.jobs import MAX_PAGE, MAX_WAIT_S
 from promptfleet.api.limits import MAX_LISTENING, MAX_LISTENING_OF_TENANT
 from promptfleet.api.metrics import ApiMetrics
@@ -22,7 +23,7 @@ from promptfleet_shared.settings import Settings
 PAGE = ROOT / "docs/reference/http-api.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 HOWTO = (ROOT / "docs/howto/run-the-api.md").read_text(encoding="utf-8")
-TOLD_HERE = {"jobs", "results", "health"}
+TOLD_HERE = {"jobs", "results", "costs", "health"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_every_field_and_parameter_is_told(document: dict[str, Any]) -> None:
     cells = re.findall(r"^\| (`[^|]*`) \|", TEXT, re.MULTILINE)
     told = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     schemas = document["components"]["schemas"]
-    for shape in ("JobRequest", "JobShape", "ResultShape"):
+    for shape in ("JobRequest", "JobShape", "ResultShape", "CostShape"):
         assert set(schemas[shape]["properties"]) <= told, shape
     for name, operation in _operations(document):
         if TOLD_HERE & set(operation["tags"]):
@@ -112,6 +113,7 @@ def test_limits_are_told_as_they_are() -> None:
         assert f" {number}" in section, number
     assert f"up to {MAX_WAIT_S:g}" in TEXT
     assert f"1 to {MAX_PAGE:,}" in TEXT
+    assert f"more than {MAX_ROWS:,} values" in TEXT
     assert f"up to {uploads.MAX_JOBS:,} at a time" in TEXT
     assert f"paused for more than {IDLE_S:g} s" in TEXT
     assert f"{KEEP_ALIVE_S} s" in HOWTO

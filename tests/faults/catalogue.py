@@ -22,10 +22,13 @@ KINDS: Mapping[str, type[Fault]] = {
         server_faults.PoolExhausted,
         server_faults.DiskFull,
         server_faults.ValkeyLost,
+        server_faults.ValkeyFlushed,
         server_faults.ValkeyAway,
         server_faults.ValkeyClientsKilled,
         server_faults.DoorbellFlood,
         server_faults.ProviderStorm,
+        server_faults.BatchTrouble,
+        worker_faults.BatchMakerKilled,
         server_faults.ReceiverTrouble,
         wire_faults.PostgresBlackHole,
         wire_faults.ValkeyBlackHole,
@@ -39,6 +42,8 @@ KINDS: Mapping[str, type[Fault]] = {
 }
 PAUSES = frozenset({"workers_paused", "sweeper_paused"})
 """In which workers stand still."""
+LOSSES = frozenset({"valkey_lost", "valkey_flushed", "valkey_away"})
+"""In which Valkey forgets something."""
 NEEDS_DISK = "disk_full"
 SHORT_S = 26.0
 
@@ -58,10 +63,12 @@ def short_plan() -> list[Strike]:
             (10.0, 0.0, server_faults.DoorbellFlood()),
             (11.0, 2.5, server_faults.DiskFull(new_segment=False)),
             (11.5, 3.0, server_faults.ProviderStorm(what="500")),
+            (14.0, 0.0, worker_faults.BatchMakerKilled()),
             (14.5, 2.0, server_faults.PoolExhausted()),
             (15.0, 0.0, server_faults.ValkeyClientsKilled(rounds=3)),
             (17.0, 2.0, wire_faults.PostgresBlackHole(clients=("worker_basic",), mode=Mode.MUTE)),
             (17.5, 1.5, server_faults.ReceiverTrouble(status=500)),
+            (19.2, 0.0, server_faults.ValkeyFlushed()),
             (19.5, 1.5, wire_faults.ProviderResets(clients=everywhere, rounds=2, refuse=False)),
             (21.0, 4.5, worker_faults.SweeperPaused(worker="worker_standard")),
         ]

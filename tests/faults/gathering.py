@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
+from tests.faults.orders import SPENDER
 from tests.faults.recorder import Recorder
-from tests.faults.verdict import Evidence, Heard, JobRow, Limits
+from tests.faults.verdict import Evidence, Heard, JobRow, Limits, Turn
 from tests.faults.witness import Witness
 from tests.faults.world import MAX_CALLS, RETRY_ATTEMPTS, World
 
@@ -29,10 +30,11 @@ SELECT j.id, j.metadata ->> 'name' AS name, j.state, j.fence, j.attempt, j.defer
        r.error ->> 'code' AS result_error, r.attempts AS result_attempts, r.calls AS result_calls,
        coalesce(l.calls, 0)::int AS paid, coalesce(l.unknown_calls, 0)::int AS paid_unknown,
        coalesce(c.callbacks, '[]') AS callbacks, c.event,
+       r.decision -> 'service' ->> 'way' IS NOT DISTINCT FROM 'batch' AS by_batch,
        concat(r.error::text, j.last_error::text, c.errors) AS errors
   FROM jobs j
   LEFT JOIN (SELECT job_id, count(*) OVER (PARTITION BY job_id) AS rows, state, text, error,
-                    attempts, calls FROM results) r ON r.job_id = j.id
+                    attempts, calls, decision FROM results) r ON r.job_id = j.id
   LEFT JOIN (SELECT job_id, sum(calls) AS calls, sum(unknown_calls) AS unknown_calls
                FROM ledger GROUP BY job_id) l ON l.job_id = j.id
   LEFT JOIN (SELECT job_id, min(event) AS event, string_agg(last_error, ' ') AS errors,
@@ -40,6 +42,12 @@ SELECT j.id, j.metadata ->> 'name' AS name, j.state, j.fence, j.attempt, j.defer
                                               exhausted_at IS NOT NULL)) AS callbacks
                FROM callbacks GROUP BY job_id) c ON c.job_id = j.id
 """
+_SPENT = """
+SELECT coalesce(sum(coalesce(cost_usd, at_most_usd, estimated_usd)), 0) FROM ledger
+ WHERE tenant = :tenant
+"""
+_LIMITED = "SELECT count(*) FROM results WHERE decision ? 'limits'"
+_TURNS = "SELECT tenant, memory_id, n, job_id FROM conversation_turns ORDER BY 1, 2, 3"
 _EVENT = re.compile(r"^(worker_\w+) +\| (\{.*\})$", re.MULTILINE)
 
 
@@ -49,14 +57,18 @@ def gather(
     witness: Witness,
     *,
     pauses: Sequence[tuple[float, float]],
+    losses: Sequence[float],
+    parked: int,
     healed_at: float,
     canaries: Sequence[str],
 ) -> Evidence:
     """The evidence; the world is healed, and at rest."""
-    stats = world.provider.stats()
+    stats, metered = world.provider.stats(), world.metered.stats()
     texts = {entry.ask.text for entry in recorder.entries.values()}
     keys = {text: prompt_hash([{"role": "user", "content": text}]) for text in texts}
-    calls, last_calls = stats["calls_by_prompt"], stats["last_call_by_prompt"]
+    calls = stats["calls_by_prompt"] | metered["calls_by_prompt"]
+    last_calls = stats["last_call_by_prompt"] | metered["last_call_by_prompt"]
+    batches = world.batches()
     for message in recorder.messages:
         witness.search("an error that a producer was told", message.encode())
     bodies = [(body.id, body.body) for heard in world.delivered.values() for body in heard]
@@ -73,6 +85,17 @@ def gather(
         calls={text: calls[key] for text, key in keys.items() if key in calls},
         last_calls={text: last_calls[key] for text, key in keys.items() if key in last_calls},
         pauses=pauses,
+        losses=losses,
+        parked=parked,
+        exceeded=witness.exceeded,
+        batches=collections.Counter(name for name, _ in batches),
+        lines=collections.Counter(line for _, lines in batches for line in lines),
+        turns=[_turn(row) for row in world.rows(_TURNS)],
+        spent_usd=world.rows(_SPENT, tenant=SPENDER)[0][0],
+        hard_usd=world.hard_usd,
+        throttled=metered["rejected"].get("429", 0),
+        limited=world.rows(_LIMITED)[0][0],
+        metered=sum(metered["calls_by_prompt"].values()),
         healed_at=healed_at,
         clock_offset=time.time() - time.monotonic(),
         heard=[_heard(message_id, body) for message_id, body in bodies],
@@ -86,6 +109,10 @@ def _job(row: Mapping[str, Any], canaries: Sequence[str]) -> JobRow:
     errors = values.pop("errors") or ""
     values["callbacks"] = [(uuid.UUID(id_), *ends) for id_, *ends in values["callbacks"]]
     return JobRow(**values, leaks=any(canary in errors for canary in canaries))
+
+
+def _turn(row: Any) -> Turn:
+    return Turn(talk=(row.tenant, row.memory_id), n=row.n, job_id=row.job_id)
 
 
 def _heard(message_id: str, body: bytes) -> Heard:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.job_model import MAX_CRASHES, Claim, Model, ModelJob
+from tests.faults.job_model import MAX_CRASHES, RINGING, Claim, Model, ModelJob
 from tests.faults.job_table import JobTable, Row, Snapshot
 
 from promptfleet_shared.errors import IdempotencyConflictError
@@ -37,10 +37,12 @@ Move = tuple[str, str, str]
 
 
 def documented_moves() -> set[Move]:
-    """The arrows of the diagram in docs/reference/states.md, one for each statement."""
-    (diagram,) = re.findall(
+    """The arrows of the diagrams in docs/reference/states.md, one for each statement."""
+    diagrams = re.findall(
         r"```mermaid\nstateDiagram-v2\n(.*?)```", STATES_PAGE.read_text(encoding="utf-8"), re.DOTALL
     )
+    assert len(diagrams) == 2
+    diagram = "".join(diagrams)
     arrows = re.findall(r"^ +(\S+) --> (\S+?): (.+)$", diagram, re.MULTILINE)
     assert len(arrows) == diagram.count("-->"), "an arrow says not which statement makes it"
     return {(a, b, name) for a, b, label in arrows for name in label.split(", ")}
@@ -58,6 +60,9 @@ class Bench:
     @property
     def now(self) -> float:
         return self.table.now
+
+    def pass_time(self, seconds: float) -> None:
+        self.table.turn_to(self.now + seconds)
 
     # -- the statements ----------------------------------------------------------------------
 
@@ -128,15 +133,17 @@ class Bench:
         assert asked == expected
         self.check("cancel")
 
-    def sweep(self, limit: int = 500) -> dict[uuid.UUID, str]:
+    def sweep(
+        self, limit: int = 500, *, parked: Collection[uuid.UUID] = ()
+    ) -> dict[uuid.UUID, str]:
         due = self.model.due(self.now)
         if len(due) > limit and due[limit - 1].sweep_at == due[limit].sweep_at:
             limit = len(due)  # which of two that are equally late comes first is nobody's promise
-        verdicts = dict(self.model.sweep(self.now, limit))
-        sweep = self.table.run(lambda c: sweeping.sweep(c, limit=limit))
+        verdicts = dict(self.model.sweep(self.now, limit, parked))
+        sweep = self.table.run(lambda c: sweeping.sweep(c, limit=limit, parked=parked))
         told = list(verdicts.values())
         assert sweep.verdicts == {verdict: told.count(verdict) for verdict in told}
-        rung = {job_id for job_id, verdict in verdicts.items() if verdict in {"ring", "lost"}}
+        rung = {job_id for job_id, verdict in verdicts.items() if verdict in RINGING}
         assert {bell.job_id for bell in sweep.doorbells} == rung
         self.check("sweep")
         if limit >= len(due):
@@ -205,6 +212,7 @@ def _check_row(row: Row, job: ModelJob) -> None:
     assert {name: row[name] for name in FACTS} == {name: getattr(job, name) for name in FACTS}
     assert {n: _seconds(row[n]) for n in INSTANTS} == {n: getattr(job, n) for n in INSTANTS}
     assert _code(row["last_error"]) == job.error_code
+    assert (row["policy"] or {}).get("service") == job.service
 
 
 def _check_result(row: Row, found: Sequence[Row], job: ModelJob) -> None:
@@ -230,7 +238,7 @@ def _check_callbacks(found: Sequence[Row], job: ModelJob) -> None:
 def _check_counters(row: Row, paid: Sequence[Row], job: ModelJob) -> None:
     """Nothing is counted twice or lost: neither claims nor calls."""
     assert row["attempt"] + row["deferrals"] + row["crashes"] == job.claims
-    assert row["fence"] == job.claims + row["crashes"]
+    assert row["fence"] == job.claims + row["crashes"] + job.taken_back
     assert sum(entry["calls"] for entry in paid) == row["calls"]
     assert sum(entry["unknown_calls"] for entry in paid) == row["unknown_calls"] <= row["calls"]
     assert job.landed <= 1
@@ -238,7 +246,9 @@ def _check_counters(row: Row, paid: Sequence[Row], job: ModelJob) -> None:
     assert row["crashes"] < MAX_CRASHES or row["state"] in FINAL_STATES
     running = row["state"] == "running"
     assert (row["lease_until"] is not None) == (row["lease_owner"] is not None) == running
-    if not running or job.spec.on_unknown is OnUnknown.RETRY:
+    if row["state"] == "submitted":
+        assert row["claim_calls"] in {0, 1}
+    elif not running or job.spec.on_unknown is OnUnknown.RETRY:
         assert (row["claim_calls"] > 0) == running
 
 
@@ -249,10 +259,14 @@ def _check_timers(row: Row, job: ModelJob, now: float) -> None:
     sweep_at = _seconds(row["sweep_at"])
     if row["state"] == "running":
         assert sweep_at <= _seconds(row["lease_until"]) <= job.deadline + max(LEASES_S)
+    elif row["state"] == "submitted":  # `run_at` is when it is taken back, if it may be
+        once = job.spec.on_unknown is OnUnknown.FAIL and row["claim_calls"]
+        assert sweep_at <= (job.deadline if once else max(_seconds(row["run_at"]), now))
     else:
         assert sweep_at <= job.deadline
-        assert sweep_at <= max(_seconds(row["run_at"]), _seconds(row["rung_at"]) + 300)
-    if row["state"] == "queued" and row["cancel_requested"]:
+        seen_at = max(_seconds(row["rung_at"]), job.parked_at)
+        assert sweep_at <= max(_seconds(row["run_at"]), seen_at + 300)
+    if row["state"] in {"queued", "submitted"} and row["cancel_requested"]:
         assert sweep_at <= now
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from promptfleet_shared.errors import IdempotencyConflictError
@@ -14,6 +14,8 @@ MAX_CRASHES = 3
 DEADLINE_GRACE_S = 15.0
 RING_GRACE_S = 30.0
 SILENCE_S = 5.0
+RINGING = frozenset({"ring", "lost", "spill"})
+"""Verdicts after which a doorbell is rung."""
 
 Claim = tuple[uuid.UUID, int]
 """A job and the fence that it was claimed under."""
@@ -47,8 +49,16 @@ class ModelJob:
     error_code: str | None = None
     finished_at: float | None = None
     result_code: str | None = None
+    service: str | None = None
     claims: int = 0
     landed: int = 0
+    taken_back: int = 0
+    parked_at: float = 0.0
+
+    @property
+    def is_unsent(self) -> bool:
+        """True of a line that its provider can't have yet."""
+        return self.state is JobState.SUBMITTED and not self.claim_calls
 
     @property
     def lapsed_since(self) -> float:
@@ -57,8 +67,16 @@ class ModelJob:
         return self.lease_until
 
     def is_held(self, fence: int) -> bool:
-        """True where a write under this fence still lands."""
+        """True where a worker has it under this fence."""
         return self.state is JobState.RUNNING and self.fence == fence
+
+    def is_given(self, fence: int) -> bool:
+        """True where a provider's batch has it under this fence."""
+        return self.state is JobState.SUBMITTED and self.fence == fence
+
+    def takes(self, fence: int) -> bool:
+        """True where an end under this fence still lands."""
+        return self.is_held(fence) or self.is_given(fence)
 
     def may_start(self, now: float) -> bool:
         """True if a worker can claim it."""
@@ -172,10 +190,10 @@ class Model:
         written = set()
         for outcome in outcomes:
             job = self.jobs.get(outcome.job_id)
-            if job is None or not job.is_held(outcome.fence):
+            if job is None or not job.takes(outcome.fence):
                 continue
             job.landed += 1
-            self._pay(job, outcome.calls, outcome.unknown_calls)
+            pay(job, outcome.calls, outcome.unknown_calls)
             code = outcome.error.code if outcome.error else None
             job.error_code = code or job.error_code
             job.end(outcome.state, now, code)
@@ -187,9 +205,9 @@ class Model:
         released = set()
         for item in releases:
             job = self.jobs.get(item.job_id)
-            if job is None or not job.is_held(item.fence):
+            if job is None or not job.takes(item.fence):
                 continue
-            self._pay(job, item.calls, item.unknown_calls)
+            pay(job, item.calls, item.unknown_calls)
             job.attempt -= 0 if item.counts else 1
             job.deferrals += 0 if item.counts else 1
             job.run_at = now + item.delay_s
@@ -206,7 +224,10 @@ class Model:
             if job.spec.tenant != tenant or job.finished_at is not None:
                 continue
             job.cancel_requested = True
-            if job.state is JobState.QUEUED:
+            ends_now = job.state is JobState.QUEUED or job.is_unsent
+            if job.state is JobState.SUBMITTED:
+                job.sweep_at = now
+            if ends_now:
                 job.end(JobState.CANCELLED, now, None)
             asked.add(job.spec.id)
         return asked
@@ -216,9 +237,12 @@ class Model:
         open_jobs = (job for job in self.jobs.values() if job.finished_at is None)
         return sorted((j for j in open_jobs if j.sweep_at <= now), key=lambda job: job.sweep_at)
 
-    def sweep(self, now: float, limit: int) -> list[tuple[uuid.UUID, str]]:
+    def sweep(
+        self, now: float, limit: int, parked: Collection[uuid.UUID] = ()
+    ) -> list[tuple[uuid.UUID, str]]:
         """Each judged job with its verdict."""
-        return [(job.spec.id, self._judge(job, now)) for job in self.due(now)[:limit]]
+        due = self.due(now)[:limit]
+        return [(job.spec.id, self._judge(job, now, parked=job.spec.id in parked)) for job in due]
 
     def silent(self, tier: str, now: float) -> set[uuid.UUID]:
         """Those that are rung for because their tier's queue is empty."""
@@ -249,25 +273,23 @@ class Model:
     def _known(self, ids: Iterable[uuid.UUID]) -> list[ModelJob]:
         return [self.jobs[job_id] for job_id in sorted(set(ids)) if job_id in self.jobs]
 
-    @staticmethod
-    def _pay(job: ModelJob, calls: int, unknown_calls: int) -> None:
-        job.calls += calls
-        job.unknown_calls += unknown_calls
-
-    def _judge(self, job: ModelJob, now: float) -> str:
+    def _judge(self, job: ModelJob, now: float, *, parked: bool) -> str:
         lapsed = job.state is JobState.RUNNING and job.lapsed_since < now
         if job.state is JobState.RUNNING and not lapsed:
             job.sweep_at = job.lapsed_since
             return "alive"
         verdict = self._verdict(job, now, lapsed=lapsed)
-        if lapsed:
-            self._pay(job, job.claim_calls, job.claim_calls)
-            job.crashes += 1
-            job.attempt -= 1
-            job.fence += 1
+        if verdict == "alive":
+            job.sweep_at = min(job.run_at, job.deadline) if job.run_at > now else job.deadline
+            return verdict
+        if verdict == "ring" and parked:
+            job.parked_at = now
+            job.sweep_at = min(job.deadline, now + 300.0)
+            return "parked"
+        self._take_from_whoever_has_it(job, verdict, lapsed=lapsed)
         back_off_s = min(300.0, 30.0 * 2 ** min(job.rings, 10))
         job.sweep_at = min(job.deadline, now + back_off_s)
-        if verdict in {"ring", "lost"}:
+        if verdict in RINGING:
             job.rings += 1
             job.rung_at = now
             job.queue()
@@ -279,11 +301,27 @@ class Model:
         return verdict
 
     @staticmethod
+    def _take_from_whoever_has_it(job: ModelJob, verdict: str, *, lapsed: bool) -> None:
+        """What a lost worker, or a provider's batch, may have called is counted."""
+        if lapsed or job.state is JobState.SUBMITTED:
+            pay(job, job.claim_calls, job.claim_calls)
+        if lapsed:
+            job.crashes += 1
+        if verdict == "spill":
+            job.taken_back += 1
+            job.deferrals += 1
+            job.service = "standard"
+        if lapsed or verdict == "spill":
+            job.attempt -= 1
+            job.fence += 1
+
+    @staticmethod
     def _verdict(job: ModelJob, now: float, *, lapsed: bool) -> str:
-        if job.cancel_requested:
-            return "cancelled"
-        if job.deadline <= now:
-            return "expired"
+        if job.cancel_requested or job.deadline <= now:
+            return "cancelled" if job.cancel_requested else "expired"
+        if job.state is JobState.SUBMITTED:
+            once = job.spec.on_unknown is OnUnknown.FAIL and not job.is_unsent
+            return "alive" if job.run_at > now or once else "spill"
         if not lapsed:
             return "ring"
         if job.crashes + 1 >= MAX_CRASHES:
@@ -291,6 +329,12 @@ class Model:
         if job.spec.on_unknown is OnUnknown.FAIL and job.claim_calls:
             return "unknown"
         return "lost"
+
+
+def pay(job: ModelJob, calls: int, unknown_calls: int) -> None:
+    """Count calls on a job, as the ledger does."""
+    job.calls += calls
+    job.unknown_calls += unknown_calls
 
 
 def _is_same_request(one: JobSpec, other: JobSpec) -> bool:

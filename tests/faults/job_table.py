@@ -13,7 +13,14 @@ import sqlalchemy as sa
 from tests.rows import spec
 
 from promptfleet_shared.jobs import JobSpec
-from promptfleet_shared.store.tables import callbacks, jobs, ledger, results
+from promptfleet_shared.store.tables import (
+    callbacks,
+    jobs,
+    ledger,
+    provider_batch_lines,
+    provider_batches,
+    results,
+)
 
 START = 2_000_000_000.0  # whole seconds, which no conversion rounds
 
@@ -55,7 +62,7 @@ class JobTable:
 
     def open(self) -> None:
         """Begin with empty tables at `START`."""
-        for table in (jobs, results, callbacks, ledger):
+        for table in (jobs, results, callbacks, ledger, provider_batches, provider_batch_lines):
             self._connection.execute(sa.delete(table))
         self._connection.exec_driver_sql("SET search_path = turned, public, pg_catalog")
         self._connection.commit()
@@ -79,7 +86,7 @@ class JobTable:
 
     def spec(self, **fields: Any) -> JobSpec:
         """A job whose id is of the table's own time."""
-        return spec(id=self._next_id(), **fields)
+        return spec(id=self.new_id(), **fields)
 
     def snapshot(self) -> Snapshot:
         """All rows as they are."""
@@ -93,7 +100,12 @@ class JobTable:
     def _rows(self, table: sa.Table) -> Sequence[Row]:
         return self.run(lambda connection: connection.execute(sa.select(table)).mappings().all())
 
-    def _next_id(self) -> uuid.UUID:
+    def batches(self) -> tuple[dict[uuid.UUID, Row], Sequence[Row]]:
+        """All of providers' batches, and all lines."""
+        rows = {row["id"]: row for row in self._rows(provider_batches)}
+        return rows, self._rows(provider_batch_lines)
+
+    def new_id(self) -> uuid.UUID:
         """A UUIDv7 (RFC 9562): milliseconds, then a number."""
         head = int(self.now * 1000) << 80 | 0x7 << 76 | 0b10 << 62
         return uuid.UUID(int=head | next(self._numbers))

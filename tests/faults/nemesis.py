@@ -18,17 +18,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import psutil
 from sqlalchemy.exc import DBAPIError
-from tests.faults.catalogue import KINDS, NEEDS_DISK, PAUSES, SHORT_S, short_plan
+from tests.faults.catalogue import KINDS, LOSSES, NEEDS_DISK, PAUSES, SHORT_S, short_plan
 from tests.faults.disk import SmallDisk, enter_mount_namespace
 from tests.faults.faults import Strike, make_plan
 from tests.faults.gathering import gather, read_log
 from tests.faults.load import AsyncDoor, Door, Producer, SyncDoor
-from tests.faults.orders import LONG_S, orders
+from tests.faults.orders import LONG_S, TENANTS, orders
 from tests.faults.recorder import Recorder
 from tests.faults.verdict import AFTER_DEADLINE_S, Evidence, Verdict, Violation, judge, listed
 from tests.faults.witness import Witness
@@ -38,6 +39,9 @@ PRODUCERS = 4
 PROMPTS_PER_S = 8.0
 CALLBACKS_WITHIN_S = 150.0
 SLOWEST_SUBMISSION_S = 60.0
+PLACES_WITHIN_S = 30.0
+USD_A_SECOND = Decimal("0.00001")
+"""Of the spender's budget, so that it is spent before the end."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -68,18 +72,17 @@ class Nemesis:
         self._seconds = seconds
         self._plan = plan
         self._over = threading.Event()
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self.done: list[Done] = []
         self.recorder = Recorder()
         self.canary = f"canary-{random.Random(f'{seed} canary').getrandbits(64):016x}"
         self._canaries = [self.canary, world.secret, world.postgres.password]
         self.witness = Witness(world, self._canaries)
-        settings = world.settings()
         doors: list[type[SyncDoor | AsyncDoor]] = [SyncDoor] * (PRODUCERS - 1) + [AsyncDoor]
         self._producers = [
             Producer(
                 f"producer-{number}",
-                _opener(door, settings),
+                _opener(door, world.settings(TENANTS[number])),
                 orders(
                     seed, number, canary=self.canary, prompts_per_s=PROMPTS_PER_S, long_s=long_s
                 ),
@@ -92,13 +95,13 @@ class Nemesis:
 
     def run(self) -> Evidence:
         """Break, heal, wait, and gather."""
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self.witness.start()
         for producer in self._producers:
             producer.thread.start()
         try:
             self._strike_all()
-            time.sleep(max(0.0, self._started + self._seconds - time.monotonic()))
+            time.sleep(max(0.0, self.started + self._seconds - time.monotonic()))
         finally:
             self._over.set()
             self._world.heal()
@@ -110,6 +113,7 @@ class Nemesis:
                 self.recorder.odd(f"{producer.thread.name} hangs in a call")
         self._wait_for_ends()
         self._wait_for_callbacks()
+        parked = self._wait_for_places()
         self.witness.stop()
         pauses = [(d.began, d.ended or time.monotonic()) for d in self.done if d.kind in PAUSES]
         return gather(
@@ -117,6 +121,8 @@ class Nemesis:
             self.recorder,
             self.witness,
             pauses=pauses,
+            losses=[d.began for d in self.done if d.kind in LOSSES],
+            parked=parked,
             healed_at=healed_at,
             canaries=self._canaries,
         )
@@ -131,7 +137,7 @@ class Nemesis:
         ]
         struck: dict[int, Done] = {}
         for at_s, order, number in sorted(moments):
-            time.sleep(max(0.0, self._started + at_s - time.monotonic()))
+            time.sleep(max(0.0, self.started + at_s - time.monotonic()))
             fault = self._plan[number].fault
             if order != 1:
                 fault.heal(self._world)
@@ -169,8 +175,16 @@ class Nemesis:
             time.sleep(0.2)
         self._tell(f"{left} callbacks are on their way")
 
+    def _wait_for_places(self) -> int:
+        """How many doorbells are parked though no job is left; stale ones take their turns, too."""
+        give_up_at = time.monotonic() + PLACES_WITHIN_S
+        while (parked := self.witness.parked()) and time.monotonic() < give_up_at:
+            time.sleep(0.2)
+        self._tell(f"{parked} doorbells are parked")
+        return parked
+
     def _tell(self, what: str) -> None:
-        print(f"{time.monotonic() - self._started:7.1f} s  {what}", flush=True)
+        print(f"{time.monotonic() - self.started:7.1f} s  {what}", flush=True)
 
 
 def counts(nemesis: Nemesis, world: World, evidence: Evidence) -> dict[str, Any]:
@@ -198,6 +212,20 @@ def counts(nemesis: Nemesis, world: World, evidence: Evidence) -> dict[str, Any]
         "calls counted": sum(job.calls for job in jobs),
         "doubled calls counted (unknown outcome)": sum(job.unknown_calls for job in jobs),
         "prompts seen more than once": sum(calls > 1 for calls in evidence.calls.values()),
+        "provider's batches": len(evidence.batches),
+        "lines of batches": sum(evidence.lines.values()),
+        "answers of batches": sum(job.by_batch for job in jobs),
+        "waited for a limit": evidence.limited,
+        "429s of the metered provider": evidence.throttled,
+        "calls of the metered provider": evidence.metered,
+        "most parked": nemesis.witness.most_parked,
+        "most in flight of a key, of a tenant": nemesis.witness.most_in_flight,
+        "bounds exceeded": [
+            f"{one.at - nemesis.started:.0f} s: {one.running} of {one.of}"
+            for one in evidence.exceeded
+        ],
+        "spent by the ledger, of the budget": f"{evidence.spent_usd} of {evidence.hard_usd}",
+        "turns of conversations": len(evidence.turns),
         "cancellations": len(evidence.cancels),
         "callbacks": sum(len(job.callbacks) for job in jobs),
         "callbacks heard": len(evidence.heard),
@@ -213,7 +241,9 @@ def counts(nemesis: Nemesis, world: World, evidence: Evidence) -> dict[str, Any]
     }
 
 
-def own_trouble(nemesis: Nemesis, numbers: Mapping[str, Any]) -> list[Violation]:
+def own_trouble(
+    nemesis: Nemesis, numbers: Mapping[str, Any], evidence: Evidence
+) -> list[Violation]:
     """What would make a green verdict worth nothing, and what the log tells of."""
     found = [Violation(kind="unexpected", about=bug) for bug in numbers["bugs logged"]]
     if nemesis.recorder.slowest_s > SLOWEST_SUBMISSION_S:
@@ -225,6 +255,11 @@ def own_trouble(nemesis: Nemesis, numbers: Mapping[str, Any]) -> list[Violation]
         "no key was searched": numbers["keys searched"] > 0,
         "final rows were hardly looked at": numbers["looks at final rows"] > 2,
         "the provider saw nothing": numbers["calls the provider saw"] > 0,
+        "no batch was answered": numbers["answers of batches"] > 0,
+        "the metered provider saw nothing": numbers["calls of the metered provider"] > 0,
+        "nothing was spent": evidence.spent_usd > 0,
+        "no doorbell was parked": numbers["most parked"] > 0,
+        "no conversation had a turn": numbers["turns of conversations"] > 0,
     }
     found += [Violation(kind="blind", about=what) for what, well in checks.items() if not well]
     return found
@@ -261,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = short_plan() if flags.short else make_plan(seed, seconds, kinds)
     plan = [strike for strike in plan if strike.fault.kind in kinds]
     try:
-        with World(directory, disk=disk) as world:
+        with World(directory, disk=disk, hard_usd=USD_A_SECOND * int(seconds)) as world:
             nemesis = Nemesis(world, seed=seed, seconds=seconds, plan=plan, long_s=LONG_S)
             evidence = nemesis.run()
             numbers = {"seed": seed, **counts(nemesis, world, evidence)}
@@ -269,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _keep_log(disk, directory)
         _kill_children()
     verdict = judge(evidence)
-    violations = [*verdict.violations, *own_trouble(nemesis, numbers)]
+    violations = [*verdict.violations, *own_trouble(nemesis, numbers, evidence)]
     show(numbers, verdict, violations)
     if disk is None:
         print(f"NOT POSSIBLE ON THIS MACHINE: {NEEDS_DISK} ({reason})")

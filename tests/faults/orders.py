@@ -9,6 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 TIERS = ("basic", "standard", "advanced")
+TENANTS = ("default", "default", "bounded", "spender")
+"""Of the producers: one has bounds on what is in flight, another one a hard budget."""
+SPENDER = "spender"
+METERED = "metered"
+"""The model whose provider enforces a limit, and whose calls have a price."""
+TALKS = 3
+"""Conversations of a producer."""
 LONG_S = 90.0
 """A deadline that a job which can succeed reaches, unless the faults hold it up for so long."""
 
@@ -43,6 +50,8 @@ _FATES = (
     + [Fate.REFUSED] * 3
     + [Fate.BROKEN] * 2
 )
+MAX_TOKENS = 24
+"""Of a metered answer: what bounds its price."""
 FREE_CALLS = {Fate.LIMITED: 2}
 """How many of a prompt's first calls cost nothing."""
 
@@ -58,6 +67,10 @@ class Ask:
         twin: True for one that the cache, or an equal job's call, may answer.
         calls_back: Which of the receiver's paths hears of its end, if one does.
         key: Its idempotency key.
+        model: The one model that may answer it; None for those of its tier.
+        service: "batch" for one that goes through the provider's batch API.
+        memory_id: Its conversation.
+        concurrency_key: What it shares a bound with.
     """
 
     name: str
@@ -71,6 +84,11 @@ class Ask:
     twin: bool = False
     calls_back: str | None = None
     key: str | None = None
+    tenant: str = TENANTS[0]
+    model: str | None = None
+    service: str | None = None
+    memory_id: str | None = None
+    concurrency_key: str | None = None
 
     def options(self, receiver_url: str | None) -> dict[str, Any]:
         """As `enqueue_prompt` takes them."""
@@ -82,6 +100,10 @@ class Ask:
             "metadata": {"name": self.name},
             "cache": "use" if self.twin else "off",
         }
+        names = ("model", "service", "memory_id", "concurrency_key")
+        options |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.model == METERED:
+            options["max_tokens"] = MAX_TOKENS
         if self.key is not None:
             options["idempotency_key"] = self.key
         if self.calls_back is not None and receiver_url is not None:
@@ -134,6 +156,7 @@ def orders(
                 ask = dataclasses.replace(asks[0], name=name)
             else:
                 ask = _ask(draw, name, canary=canary, twin=twins, long_s=long_s)
+                ask = _on_its_way(draw, ask, producer)
             asks.append(dataclasses.replace(ask, key=f"key-{name}") if keyed else ask)
         yield Order(
             asks=tuple(asks),
@@ -161,3 +184,20 @@ def _ask(draw: random.Random, name: str, *, canary: str, twin: bool, long_s: flo
         twin=twin,
         calls_back=f"/hook/{draw.randint(0, 3)}" if draw.random() < 0.15 else None,
     )
+
+
+def _on_its_way(draw: random.Random, ask: Ask, producer: int) -> Ask:
+    """Some go by a batch API, some to a model with a limit and a price, some are turns."""
+    tenant = TENANTS[producer % len(TENANTS)]
+    key = draw.choice(("a", "b", "c")) if tenant == "bounded" and draw.random() < 0.2 else None
+    ask = dataclasses.replace(ask, tenant=tenant, concurrency_key=key)
+    way = draw.random()
+    if way < 0.15:
+        return dataclasses.replace(ask, service="batch")
+    if way < (0.3 if tenant == SPENDER else 0.2):
+        return dataclasses.replace(ask, model=METERED)
+    if way < 0.95 or ask.fate is not Fate.ANSWERED or ask.twin:
+        return ask
+    talk = f"talk-{producer}-{draw.randrange(TALKS)}"
+    # Else the answer would tell of the turns before.
+    return dataclasses.replace(ask, memory_id=talk, text=f"{ask.text} [[sim:text={ask.token}]]")

@@ -11,13 +11,15 @@ import uuid
 from typing import Any, ClassVar, Self
 
 import psycopg
+import redis
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 from tests.faults.faults import Fault
 from tests.faults.orders import TIERS
 from tests.faults.proxy import Trap
-from tests.faults.worker_faults import PATIENCE_S
-from tests.faults.world import MAX_CONNECTIONS, World
+from tests.faults.witness import parked
+from tests.faults.worker_faults import PATIENCE_S, came
+from tests.faults.world import LATENCY_MS, MAX_CONNECTIONS, World
 from tests.receiver import Answer
 
 from promptfleet_shared.errors import BrokerUnavailableError
@@ -193,6 +195,24 @@ class ValkeyLost(Fault):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ValkeyFlushed(Fault):
+    """FLUSHALL under everybody's feet, if it may be while doorbells are parked."""
+
+    kind: ClassVar[str] = "valkey_flushed"
+    touches: ClassVar[frozenset[str]] = frozenset({"valkey"})
+
+    @classmethod
+    def drawn(cls, draw: random.Random) -> Self:
+        del draw
+        return cls()
+
+    def begin(self, world: World) -> None:
+        with contextlib.suppress(redis.RedisError), world.redis() as client:
+            came(lambda: parked(client) > 0)
+            client.flushall()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ValkeyAway(Fault):
     """Killed, and started again later with its data: with doorbells from before."""
 
@@ -248,7 +268,9 @@ class DoorbellFlood(Fault):
     def begin(self, world: World) -> None:
         try:
             rows = world.rows(
-                "(SELECT id, tier FROM jobs WHERE finished_at IS NULL LIMIT 2) UNION ALL"
+                # Who is bounded waits for its turn, which such a doorbell would take from others.
+                "(SELECT id, tier FROM jobs WHERE finished_at IS NULL AND tenant <> 'bounded'"
+                " LIMIT 2) UNION ALL"
                 " (SELECT id, tier FROM jobs WHERE finished_at IS NOT NULL LIMIT 1)"
             )
         except OperationalError:  # Postgres is being broken, too
@@ -281,7 +303,7 @@ class ProviderStorm(Fault):
         world.control(**_STORMS[self.what])
 
     def heal(self, world: World) -> None:
-        world.control(errors="", rpm=0, latency_ms="20..400")
+        world.control(errors="", rpm=0, latency_ms=LATENCY_MS)
 
 
 # A refusal by the rate limit is not among the calls that the provider counts: it costs nothing.
@@ -293,6 +315,33 @@ _STORMS: dict[str, dict[str, object]] = {
     "mixed": {"errors": "500:0.2,truncate:0.2,stall:0.1,html:0.1,bad-utf8:0.1,cut:0.1"},
     "slow": {"latency_ms": "2000..6000"},
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BatchTrouble(Fault):
+    """The provider's batch API makes a batch and says nothing, or breaks off its results, …"""
+
+    kind: ClassVar[str] = "batch_trouble"
+    touches: ClassVar[frozenset[str]] = frozenset({"batches"})
+    lasts_s: ClassVar[tuple[float, float]] = (2.0, 8.0)
+    what: str
+
+    @classmethod
+    def drawn(cls, draw: random.Random) -> Self:
+        return cls(what=draw.choice(_BATCH_TROUBLES))
+
+    def begin(self, world: World) -> None:
+        world.control(batch_faults=self.what)
+
+    def heal(self, world: World) -> None:
+        world.control(batch_faults="")
+
+
+# Not "full": jobs of a batch that there was no room for are gathered again after five minutes.
+_BATCH_TROUBLES = (
+    *("upload-hang", "create-hang", "create-deaf", "create-502", "look-hang", "results-cut"),
+    *("results-hang", "fail"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,15 +18,15 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
     Bundle,
-    RuleBasedStateMachine,
     initialize,
     multiple,
     rule,
     run_state_machine_as_test,
 )
+from tests.faults.batch_bench import ROOM, BatchBench, return_of
+from tests.faults.batch_rules import ANSWERS, LEASE_S, LOST_AFTER, BatchRules, BatchWorker
 from tests.faults.job_bench import (
     LEASES_S,
-    Bench,
     Move,
     documented_moves,
     outcome_of,
@@ -46,8 +46,8 @@ LAPSED_S = max(LEASES_S) + 1
 LONG_S = 10_000.0
 
 
-class JobTableMachine(RuleBasedStateMachine):
-    """Random histories of jobs, workers that die or dawdle, sweepers and cancellers."""
+class JobTableMachine(BatchRules):
+    """Random histories of jobs, workers that die or dawdle, batches, sweepers and cancellers."""
 
     table: ClassVar[JobTable]
     documented: ClassVar[set[Move]]
@@ -58,7 +58,8 @@ class JobTableMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.table.open()
-        self.bench = Bench(self.table)
+        self.bench = BatchBench(self.table)
+        self.worker = BatchWorker(self.bench)
 
     @rule(
         target=jobs,
@@ -128,7 +129,7 @@ class JobTableMachine(RuleBasedStateMachine):
     def zombie(self, claim: Claim, calls: int) -> None:
         """Whatever somebody does under an old fence, not a single column changes."""
         job = self.bench.model.jobs.get(claim[0])
-        if job is not None and job.is_held(claim[1]):
+        if job is not None and job.takes(claim[1]):
             return
         before = self.table.snapshot()
         assert self.bench.finish([outcome_of(claim, JobState.SUCCEEDED, calls, calls)]) == set()
@@ -140,6 +141,12 @@ class JobTableMachine(RuleBasedStateMachine):
     @rule(limit=st.sampled_from([1, 2, 500, 500]))
     def sweep(self, limit: int) -> None:
         self.bench.sweep(limit)
+
+    @rule(parked=st.lists(jobs, min_size=1, max_size=3))
+    def sweep_while_doorbells_wait(self, parked: list[uuid.UUID]) -> None:
+        """What is parked is not rung for, and ends like any other."""
+        verdicts = self.bench.sweep(parked=parked)
+        assert not {job for job, told in verdicts.items() if told == "ring"} & set(parked)
 
     @rule(tier=st.sampled_from(TIERS))
     def ring_silent(self, tier: str) -> None:
@@ -204,6 +211,7 @@ class JobTableMachine(RuleBasedStateMachine):
         return multiple(*held)
 
     def teardown(self) -> None:
+        self.worker.check()
         assert self.bench.moves - self.documented == set()
 
 
@@ -236,7 +244,7 @@ class Script:
     def __init__(self, table: JobTable) -> None:
         table.open()
         self.table = table
-        self.bench = Bench(table)
+        self.bench = BatchBench(table)
 
     def queued(self, **fields: Any) -> uuid.UUID:
         (job,) = self.bench.insert(self.table.spec(**fields))
@@ -244,6 +252,12 @@ class Script:
 
     def running(self, **fields: Any) -> Claim:
         return self.claimed(self.queued(**fields))
+
+    def given(self, **fields: Any) -> Claim:
+        """Claimed, and a line of its provider's next batch."""
+        claim = self.running(**fields)
+        assert self.bench.attach([claim]) == {claim[0]}
+        return claim
 
     def claimed(self, job: uuid.UUID) -> Claim:
         (claim,) = self.bench.claim([job])
@@ -278,6 +292,7 @@ def test_every_documented_move_can_be_made(script: Script) -> None:
         script.sweep_after(LAPSED_S)
     cancelled = script.running(tenant="a", deadline_s=LONG_S)
     bench.cancel([cancelled[0]], "a")
+    _go_through_batches(script)
     script.running(deadline_s=40.0)
     script.queued(deadline_s=40.0)
     script.sweep_after(LAPSED_S)
@@ -289,6 +304,33 @@ def test_every_documented_move_can_be_made(script: Script) -> None:
 
     assert bench.model.jobs == {}
     assert bench.moves == documented_moves()  # the other test has seen no other
+
+
+def _go_through_batches(script: Script) -> None:
+    bench = script.bench
+    for state in sorted(FINAL_STATES):
+        bench.finish([outcome_of(script.given(deadline_s=LONG_S), state, 1, 0)])
+    bench.release([release_of(script.given(deadline_s=LONG_S), 0.0, 1, counts=True)])
+    unsent = script.given(tenant="a", deadline_s=LONG_S)
+    bench.cancel([unsent[0]], "a")
+    script.given(tenant="b", deadline_s=LONG_S)
+    script.table.turn_to(script.table.now + ROOM.gather_s)
+    for held in bench.claim_due("w1", LAPSED_S):
+        if bench.mark(held):
+            bench.return_lines(held, [return_of(key) for key in bench.left(held)])
+        bench.end(held)
+    spilt = script.given(tenant="a", deadline_s=ROOM.spill_before_s + 1)
+    sent = [script.given(tenant="a", deadline_s=seconds) for seconds in (LONG_S, 3 * LAPSED_S)]
+    script.sweep_after(1.0)
+    assert script.state(spilt[0]) is JobState.QUEUED
+    script.table.turn_to(script.table.now + ROOM.gather_s)
+    (held,) = bench.claim_due("w1", 10 * LAPSED_S)
+    assert bench.mark(held) == 2
+    bench.cancel([sent[0][0]], "a")
+    script.sweep_after(0.0)
+    assert script.state(sent[0][0]) is JobState.CANCELLED
+    script.sweep_after(3 * LAPSED_S)  # too late to be taken back
+    bench.end(held)
 
 
 def test_the_third_lost_lease_is_poison_and_attempts_are_not_burnt(script: Script) -> None:
@@ -345,3 +387,76 @@ def test_time_stands_still_at_the_boundaries(script: Script) -> None:
 
     assert verdicts == {held[0]: "alive", overdue: "expired", later[0]: "ring"}
     assert script.bench.claim([held[0], overdue, later[0]]) == [(later[0], 2)]
+
+
+@pytest.mark.parametrize("lost_after", LOST_AFTER)
+@pytest.mark.parametrize(
+    ("cancelled", "late_s"), [("gathering", 0.0), ("submitted", 0.0), (None, 0.0), (None, 500.0)]
+)
+def test_a_worker_lost_at_any_step_gives_no_line_away_twice(
+    script: Script, lost_after: str, cancelled: str | None, late_s: float
+) -> None:
+    """With a cancellation before or after it may be paid for, or with no time left."""
+    held = [
+        script.running(deadline_s=deadline_s, on_unknown=on_unknown, tenant=tenant)
+        for on_unknown in OnUnknown
+        for tenant, deadline_s in (("a", 600.0), ("b", 400.0))
+        for _ in range(2)
+    ]
+    worker = BatchWorker(script.bench)
+
+    worker.see_through(held, lost_after, cancelled=cancelled, late_s=late_s, answers=ANSWERS)
+
+    worker.check()
+    left = [job.state for job in script.bench.model.jobs.values() if job.finished_at is None]
+    assert JobState.RUNNING not in left
+    sent = {line for _, lines in worker.provider.made.values() for line in lines}
+    rows = script.table.snapshot().jobs
+    charged = [rows[job]["calls"] + rows[job]["claim_calls"] for job, _ in sent]
+    refused = sum(job.service == "standard" for job in script.bench.model.jobs.values())
+    assert charged.count(0) <= refused  # those that the provider said it has not done
+
+
+@pytest.mark.parametrize("late_s", [0.0, LEASE_S, 2 * LEASE_S - 1])
+def test_a_worker_that_stands_still_is_told_the_same_name(script: Script, late_s: float) -> None:
+    held = [script.given(deadline_s=LONG_S) for _ in range(3)]
+    script.bench.pass_time(ROOM.gather_s)
+    worker = BatchWorker(script.bench)
+    worker.stand_still(late_s)
+    script.bench.pass_time(LEASE_S + 1)
+    worker.move_all_on("told", is_made=True, answers=["succeeded"])
+    worker.check()
+    assert {script.state(job) for job, _ in held} == {JobState.SUCCEEDED}
+
+
+@pytest.mark.parametrize("on_unknown", OnUnknown)
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_a_line_near_its_deadline_is_taken_back_and_its_call_counted(
+    script: Script, on_unknown: OnUnknown, is_sent: bool
+) -> None:
+    claim = script.given(deadline_s=500.0, on_unknown=on_unknown)
+    script.table.turn_to(script.table.now + ROOM.gather_s)
+    (held,) = script.bench.claim_due("w1", 1000.0)
+    if is_sent:
+        script.bench.mark(held)
+
+    script.sweep_after(500.0 - ROOM.spill_before_s - ROOM.gather_s)
+
+    row = script.table.snapshot().jobs[claim[0]]
+    waits_on = is_sent and on_unknown is OnUnknown.FAIL
+    assert row["state"] == ("submitted" if waits_on else "queued")
+    assert (row["attempt"], row["unknown_calls"]) == (int(waits_on), int(is_sent and not waits_on))
+    late = script.bench.finish([outcome_of(claim, JobState.SUCCEEDED, 1, 0)])
+    assert late == ({claim[0]} if waits_on else set())
+
+
+def test_who_waits_for_its_turn_is_not_rung_for_but_ends_in_time(script: Script) -> None:
+    job = script.queued(deadline_s=1000.0)
+    script.table.turn_to(script.table.now + 31)
+    assert script.bench.sweep(parked=[job]) == {job: "parked"}
+    script.table.turn_to(script.table.now + 299)
+    assert script.bench.sweep(parked=[job]) == {}
+    script.table.turn_to(script.table.now + 1)
+    assert script.bench.sweep() == {job: "ring"}
+    script.table.turn_to(script.table.now + 1000)
+    assert script.bench.sweep(parked=[job]) == {job: "expired"}

@@ -59,6 +59,9 @@ def _check_that_it_bit(counts: dict[str, Any]) -> None:
     assert counts["claims"] > counts["jobs"]
     assert counts["callbacks heard"] > 0
     assert counts["results read by clients"] > 0
+    assert counts["lines of batches"] >= counts["answers of batches"] > 0
+    assert counts["turns of conversations"] > 0
+    assert counts["most parked"] > 0
 
 
 def test_the_same_seed_gives_the_same_faults_and_orders() -> None:

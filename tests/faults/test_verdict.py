@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import pytest
-from tests.faults.orders import Ask, Fate
+from tests.faults.orders import METERED, SPENDER, Ask, Fate
 from tests.faults.recorder import Cancel, Entry, Reading, Reply
-from tests.faults.verdict import Evidence, Heard, JobRow, Limits, Violation, judge, listed
-from tests.faults.witness import Changed
+from tests.faults.verdict import (
+    Evidence,
+    Heard,
+    JobRow,
+    Limits,
+    Turn,
+    Violation,
+    judge,
+    listed,
+)
+from tests.faults.witness import Changed, Exceeded
 
 ID = uuid.UUID(int=1)
 OTHER = uuid.UUID(int=2)
@@ -56,6 +66,14 @@ JOB = JobRow(
 MESSAGE = Heard(message_id=f"msg_{CALLBACK.hex}", job_id=ID, state="succeeded")
 
 
+LINE = f"{ID.hex}-1"
+METERED_ASK = {"tenant": SPENDER, "model": METERED}
+SPENT = {"spent_usd": Decimal("0.9"), "hard_usd": Decimal(1)}
+TOO_MANY = Exceeded(at=500.0, of="a key", running=4, bound=3)
+TALKING = dataclasses.replace(ASK, memory_id="talk")
+TURN = Turn(talk=(ASK.tenant, "talk"), n=1, job_id=ID)
+
+
 def job(**changes: Any) -> JobRow:
     """The job with changes; what is written twice is changed in both places."""
     twins = {"state": "result_state", "attempt": "result_attempts", "calls": "result_calls"}
@@ -82,9 +100,9 @@ def kinds(found: Evidence) -> set[str]:
 
 def ended(state: str, **changes: Any) -> Evidence:
     """A run whose job ended so, its callback included."""
-    ask = dataclasses.replace(ASK, **changes.pop("ask", {}))
+    ask, run = dataclasses.replace(ASK, **changes.pop("ask", {})), changes.pop("run", {})
     done = job(state=state, event=f"prompt.{state}", **changes)
-    return evidence(ask, done, heard=[dataclasses.replace(MESSAGE, state=state)])
+    return evidence(ask, done, heard=[dataclasses.replace(MESSAGE, state=state)], **run)
 
 
 def cancel(**changes: Any) -> Cancel:
@@ -100,7 +118,14 @@ GOOD: dict[str, Callable[[], Evidence]] = {
     "expired in time": lambda: ended("expired", finished_at=DEADLINE + 1, error="expired"),
     "its next try would come too late": lambda: ended("expired", error="http_500"),
     "tried enough": lambda: ended(
-        "failed", attempt=5, fence=5, calls=5, paid=5, error="http_500", result_error="http_500"
+        "failed",
+        attempt=5,
+        fence=5,
+        calls=5,
+        paid=5,
+        error="http_500",
+        result_error="http_500",
+        run={"calls": {TEXT: 1}},
     ),
     "poison": lambda: ended("failed", attempt=0, crashes=3, fence=6, error="poison"),
     "may not be repeated": lambda: ended(
@@ -129,6 +154,26 @@ GOOD: dict[str, Callable[[], Evidence]] = {
     ),
     "an exhausted callback": lambda: evidence(
         ASK, job(callbacks=[(CALLBACK, False, True)]), heard=[]
+    ),
+    "taken back from a provider's batch": lambda: evidence(
+        dataclasses.replace(ASK, service="batch"),
+        job(fence=3, attempt=1, deferrals=1, calls=2, unknown_calls=1, paid=2, paid_unknown=1),
+        calls={TEXT: 2},
+        lines={LINE: 1},
+        batches={"ours": 1},
+    ),
+    "a line that was answered late": lambda: evidence(
+        dataclasses.replace(ASK, service="batch"), last_calls={TEXT: DEADLINE + 30}
+    ),
+    "a budget that is spent": lambda: ended(
+        "failed", error="budget_exceeded", ask=METERED_ASK, run=SPENT
+    ),
+    "a bound that was exceeded when Valkey had lost its data": lambda: evidence(
+        exceeded=[TOO_MANY], losses=[TOO_MANY.at - 3]
+    ),
+    "a turn that is remembered": lambda: evidence(TALKING, turns=[TURN]),
+    "a bounded job that waited for a lost one's hold": lambda: evidence(
+        dataclasses.replace(ASK, concurrency_key="a"), healed_at=DEADLINE - 131
     ),
     "a callback that came twice": lambda: evidence(heard=[MESSAGE, MESSAGE]),
 }
@@ -179,6 +224,52 @@ BAD: dict[str, tuple[str, Callable[[], Evidence]]] = {
     "a call that is not in the ledger": ("unexpected", lambda: evidence(ASK, job(paid=0))),
     "more than max_calls": ("unexpected", lambda: evidence(ASK, job(calls=7, paid=7))),
     "still held": ("unexpected", lambda: evidence(ASK, job(held=True))),
+    "a line that was sent twice": ("doubled", lambda: evidence(lines={LINE: 2})),
+    "a batch that was made twice": ("doubled", lambda: evidence(batches={"ours": 2})),
+    "a line of no claim": ("unexpected", lambda: evidence(lines={f"{ID.hex}-2": 1})),
+    "taken back though no batch had it": (
+        "unexpected",
+        lambda: evidence(ASK, job(fence=3, attempt=1, deferrals=1)),
+    ),
+    "a known call that nobody made": ("uncounted", lambda: evidence(calls={TEXT: 0})),
+    "a doorbell that is still parked": ("unexpected", lambda: evidence(parked=1)),
+    "a bound that was exceeded": ("unexpected", lambda: evidence(exceeded=[TOO_MANY])),
+    "a bound that was exceeded long after a loss": (
+        "unexpected",
+        lambda: evidence(exceeded=[TOO_MANY], losses=[TOO_MANY.at - 31]),
+    ),
+    "more than the budget": (
+        "unexpected",
+        lambda: evidence(spent_usd=Decimal("1.01"), hard_usd=Decimal(1)),
+    ),
+    "a budget that stops others": (
+        "unexpected",
+        lambda: ended("failed", error="budget_exceeded", run=SPENT),
+    ),
+    "a budget that stops while it is not spent": (
+        "unexpected",
+        lambda: ended("failed", error="budget_exceeded", ask=METERED_ASK),
+    ),
+    "a turn that is not remembered": ("lost", lambda: evidence(TALKING)),
+    "a turn that is remembered twice": (
+        "doubled",
+        lambda: evidence(TALKING, turns=[TURN, dataclasses.replace(TURN, n=2)]),
+    ),
+    "a turn of a job that was not answered": (
+        "lost",
+        lambda: evidence(
+            dataclasses.replace(TALKING, fate=Fate.REFUSED),
+            job(state="failed", error="content_filter", event="prompt.failed"),
+            turns=[TURN],
+        ),
+    ),
+    "turns out of order": (
+        "unexpected",
+        lambda: evidence(
+            TALKING,
+            turns=[dataclasses.replace(TURN, job_id=OTHER), dataclasses.replace(TURN, n=2)],
+        ),
+    ),
     "a call that nobody counted": ("uncounted", lambda: evidence(calls={TEXT: 2})),
     "called again though it must not be": (
         "uncounted",

@@ -6,10 +6,11 @@ import collections
 import dataclasses
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 
-from tests.faults.orders import FREE_CALLS, Ask, Fate
+from tests.faults.orders import FREE_CALLS, METERED, SPENDER, Ask, Fate
 from tests.faults.recorder import Cancel, Entry, Reading
-from tests.faults.witness import Changed
+from tests.faults.witness import Changed, Exceeded
 
 FINAL = frozenset({"succeeded", "failed", "cancelled", "expired"})
 AFTER_DEADLINE_S = 60.0
@@ -19,6 +20,12 @@ SLACK_S = 1.5
 """What a busy machine may add between a worker's decision to call and the provider's notice."""
 SETTLES_WITHIN_S = 60.0
 """Once all is healed, nothing keeps a job for so long: not a whole round of retries."""
+HOLD_S = 60.0
+"""A job of a worker that is lost counts for its bounds for so long."""
+AFTER_LOSS_S = 30.0
+"""Bounds may be exceeded for so long after Valkey has lost what it knew of who is in flight."""
+RESERVATION_USD = Decimal("0.0001")
+"""More than any metered prompt reserves: 24 tokens of answer, and some hundred of prompt."""
 MOST_LISTED = 12
 
 # Codes of failures that faults can lead to, by what must be true of the job.
@@ -48,6 +55,7 @@ class JobRow:
         results: How many rows it has in `results`; the fields that follow are that row's.
         paid: Calls by the ledger, `paid_unknown` the unknown ones of them.
         callbacks: For each of its callbacks the id, and whether it was delivered or exhausted.
+        by_batch: True for one that a provider's batch has answered.
         leaks: Whether an error's text holds a canary.
     """
 
@@ -74,6 +82,7 @@ class JobRow:
     paid_unknown: int
     callbacks: Sequence[tuple[uuid.UUID, bool, bool]]
     event: str | None
+    by_batch: bool = False
     leaks: bool = False
 
 
@@ -87,6 +96,15 @@ class Heard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A turn that a conversation remembers, of which job, and which one it is."""
+
+    talk: tuple[str, str]
+    n: int
+    job_id: uuid.UUID
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Evidence:
     """All that is known after a run.
 
@@ -94,6 +112,15 @@ class Evidence:
         calls: How often the provider saw each prompt, by its text.
         last_calls: When it saw it last, by `time.monotonic`.
         pauses: When workers stood still: from, to; by `time.monotonic`.
+        losses: When Valkey began to lose its data; by `time.monotonic`.
+        parked: Doorbells that waited for their turns when no job was left.
+        exceeded: When more was in flight than may be.
+        batches: How often the provider made each of our batches.
+        lines: How often it was given each of their lines, by their ids: job and fence.
+        turns: Of all conversations, in order.
+        spent_usd: What the spender has spent, by the ledger; of `hard_usd`.
+        limited: Jobs that waited for a limit.
+        throttled: Refusals of the metered provider; `metered` is what it did not refuse.
         clock_offset: `time.time` less `time.monotonic`.
         healed_at: When all was made whole, by `time.time`; None if that is not looked at.
         heard: Callbacks that a receiver took.
@@ -109,6 +136,17 @@ class Evidence:
     calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     last_calls: Mapping[str, float] = dataclasses.field(default_factory=dict)
     pauses: Sequence[tuple[float, float]] = ()
+    losses: Sequence[float] = ()
+    parked: int = 0
+    exceeded: Sequence[Exceeded] = ()
+    batches: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lines: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    turns: Sequence[Turn] = ()
+    spent_usd: Decimal = Decimal(0)
+    hard_usd: Decimal = Decimal(0)
+    throttled: int = 0
+    limited: int = 0
+    metered: int = 0
     clock_offset: float = 0.0
     healed_at: float | None = None
     heard: Sequence[Heard] = ()
@@ -159,6 +197,11 @@ class Judge:
             self._rows_stay,
             self._calls_are_counted,
             self._calls_stop,
+            self._lines_are_sent_once,
+            self._nobody_is_left_waiting,
+            self._bounds_hold,
+            self._budget_holds,
+            self._turns_are_whole,
             self._callbacks_arrive,
             self._prompts_stay_inside,
         ):
@@ -202,12 +245,14 @@ class Judge:
                 yield Violation(kind="unexpected", about=f"job and result differ: {job}")
             elif job.finished_at > job.deadline + AFTER_DEADLINE_S:
                 yield Violation(kind="unexpected", about=f"ended too late: {job}")
-            elif self._was_stuck(job.finished_at):
+            elif self._was_stuck(job, job.finished_at):
                 yield Violation(kind="unexpected", about=f"was stuck though all was well: {job}")
 
-    def _was_stuck(self, finished_at: float) -> bool:
-        healed_at = self._evidence.healed_at
-        return healed_at is not None and finished_at > healed_at + SETTLES_WITHIN_S
+    def _was_stuck(self, job: JobRow, finished_at: float) -> bool:
+        healed_at, entry = self._evidence.healed_at, self._evidence.entries.get(job.name or "")
+        is_bounded = entry is not None and entry.ask.concurrency_key is not None
+        after_s = SETTLES_WITHIN_S + (HOLD_S if is_bounded else 0.0)
+        return healed_at is not None and finished_at > healed_at + after_s
 
     def _rows_stay(self) -> Iterator[Violation]:
         for change in self._evidence.changed:
@@ -224,7 +269,10 @@ class Judge:
     def _counters_add_up(self) -> Iterator[Violation]:
         for job in self._evidence.jobs:
             # Each claim was an attempt, a deferral or a crash; a sweeper fences off each crash.
-            if job.attempt + job.deferrals + job.crashes != job.fence - job.crashes:
+            # So does who takes a line back from a provider's batch, once: then it goes alone.
+            entry = self._evidence.entries.get(job.name or "")
+            taken_back = job.fence - job.attempt - job.deferrals - 2 * job.crashes
+            if taken_back not in range(2 if entry is not None and entry.ask.service else 1):
                 yield Violation(kind="unexpected", about=f"claims do not add up: {job}")
             if (job.paid, job.paid_unknown) != (job.calls, job.unknown_calls):
                 yield Violation(kind="unexpected", about=f"the ledger does not add up: {job}")
@@ -268,6 +316,7 @@ class Judge:
             "poison": job.crashes >= limits.max_crashes,
             "max_calls": job.calls >= limits.max_calls,
             "unknown_outcome": ask.on_unknown == "fail" and job.unknown_calls > 0,
+            "budget_exceeded": self._is_spent(ask),
         }
         if code in allowed:
             return None if allowed[code] else f"{code} without its reason"
@@ -289,12 +338,22 @@ class Judge:
                 asks[entry.ask.text] = entry.ask
         for text, rows in by_text.items():
             ask, seen = asks[text], self._evidence.calls.get(text, 0)
+            if ask.memory_id is not None:
+                continue  # what the provider sees is the whole conversation
             paid = seen - min(seen, FREE_CALLS.get(ask.fate, 0))
             counted = sum(row.calls for row in rows)
             if paid > counted:
                 yield Violation(
                     kind="uncounted",
                     about=f"{paid} calls were made and {counted} counted: {ask}, {rows}",
+                )
+            known = counted - sum(row.unknown_calls for row in rows)
+            # A try that reached nobody counts as a call, too: one of each deployment, at most.
+            failed = sum(row.attempt - (row.state == "succeeded") for row in rows)
+            if known > seen + 2 * failed:
+                yield Violation(
+                    kind="uncounted",
+                    about=f"{known} calls are known, and {seen} were made: {ask}, {rows}",
                 )
             if paid > self._evidence.limits.max_calls * len(rows):
                 yield Violation(kind="uncounted", about=f"{paid} calls were made: {ask}, {rows}")
@@ -308,13 +367,15 @@ class Judge:
             entry = self._evidence.entries.get(job.name or "") if job else None
             if job is None or entry is None or entry.ask.twin or not cancel.effective:
                 continue
+            if entry.ask.service:
+                continue  # a provider goes on with the lines that it has
             if job.fence == 0 and (job.state != "cancelled" or job.calls):
                 yield Violation(kind="unexpected", about=f"cancelled before its claim: {job}")
             limit = cancel.answered_at + NO_CALL_AFTER_CANCEL_S
             yield from self._call_after(limit, entry.ask, job, "its cancellation")
         for job in self._evidence.jobs:
             entry = self._evidence.entries.get(job.name or "")
-            if entry is not None and not entry.ask.twin:
+            if entry is not None and not entry.ask.twin and not entry.ask.service:
                 limit = job.deadline - self._evidence.clock_offset
                 yield from self._call_after(limit, entry.ask, job, "its deadline")
 
@@ -329,6 +390,64 @@ class Judge:
         yield Violation(
             kind="unexpected", about=f"called {last - limit:.1f} s too long after {what}: {job}"
         )
+
+    # -- batches, bounds, budgets, conversations ---------------------------------------------
+
+    def _lines_are_sent_once(self) -> Iterator[Violation]:
+        for name, times in self._evidence.batches.items():
+            if times > 1:
+                yield Violation(kind="doubled", about=f"the batch {name} was made {times} times")
+        for line, times in self._evidence.lines.items():
+            job_id, _, fence = line.partition("-")
+            job = self._jobs.get(uuid.UUID(job_id))
+            if times > 1:
+                yield Violation(kind="doubled", about=f"the line {line} was sent {times} times")
+            if job is None or job.fence < int(fence):
+                yield Violation(kind="unexpected", about=f"{line} is the line of no claim: {job}")
+
+    def _nobody_is_left_waiting(self) -> Iterator[Violation]:
+        if self._evidence.parked:
+            yield Violation(kind="unexpected", about=f"{self._evidence.parked} are still parked")
+
+    def _bounds_hold(self) -> Iterator[Violation]:
+        for one in self._evidence.exceeded:
+            if any(at - 1 < one.at < at + AFTER_LOSS_S for at in self._evidence.losses):
+                self._excused["bounds that were exceeded after Valkey's loss"] += 1
+            else:
+                yield Violation(kind="unexpected", about=f"a bound was exceeded: {one}")
+
+    def _budget_holds(self) -> Iterator[Violation]:
+        spent, hard = self._evidence.spent_usd, self._evidence.hard_usd
+        if spent > hard + RESERVATION_USD:
+            yield Violation(kind="unexpected", about=f"{spent} USD of {hard} were spent")
+
+    def _is_spent(self, ask: Ask) -> bool:
+        """True of a job for which the budget may have had no room."""
+        is_metered = (ask.tenant, ask.model) == (SPENDER, METERED)
+        return is_metered and self._evidence.spent_usd * 2 > self._evidence.hard_usd
+
+    def _turns_are_whole(self) -> Iterator[Violation]:
+        """Each answer of a conversation is remembered once, in the order of submission."""
+        talks: dict[tuple[str, str], list[Turn]] = collections.defaultdict(list)
+        for turn in self._evidence.turns:
+            talks[turn.talk].append(turn)
+        answered: dict[tuple[str, str], set[uuid.UUID]] = collections.defaultdict(set)
+        for name, rows in self._by_name.items():
+            entry = self._evidence.entries.get(name)
+            if entry is not None and entry.ask.memory_id is not None:
+                talk = (entry.ask.tenant, entry.ask.memory_id)
+                answered[talk] |= {row.id for row in rows if row.state == "succeeded"}
+        for talk in talks.keys() | answered.keys():
+            jobs = [turn.job_id for turn in talks[talk]]
+            if len(jobs) != len(set(jobs)) or [t.n for t in talks[talk]] != [
+                *range(1, len(jobs) + 1)
+            ]:
+                yield Violation(kind="doubled", about=f"turns of {talk}: {talks[talk]}")
+            if set(jobs) != answered[talk]:
+                odd = set(jobs) ^ answered[talk]
+                yield Violation(kind="lost", about=f"{talk} and its answers differ: {odd}")
+            if jobs != sorted(jobs):
+                yield Violation(kind="unexpected", about=f"{talk} is out of order: {jobs}")
 
     # -- the rest ----------------------------------------------------------------------------
 

@@ -25,6 +25,11 @@ COMMITS = {
     "commit": "COMMIT",
     "cancel": "asked AS (",
     "callback": "recorded AS (",
+    "attach": "room AS MATERIALIZED",
+    "mark": "marked AS (",
+    "batch": "UPDATE provider_batches SET state",
+    "return": "returned AS (",
+    "turn": "remembered AS (",
 }
 """A part of each statement that commits, whose reply may be lost."""
 

@@ -16,8 +16,9 @@ import httpx
 import orjson
 import redis
 from sqlalchemy.exc import DBAPIError
-from tests.faults.world import World
+from tests.faults.world import KEY_BOUND, TENANT_BOUND, World
 
+from promptfleet_shared.queueing import PARKED_KEY
 from promptfleet_workers.caching.keys import KEY_PREFIX
 
 LOOK_EVERY_S = 1.0
@@ -33,6 +34,11 @@ SELECT id, 'job ' || jobs.xmin || ' ' || md5(jobs::text) FROM jobs
  WHERE finished_at > clock_timestamp() - :age_s * interval '1 second'
 """
 _EVER_S = 1e8
+_IN_FLIGHT = """
+SELECT concurrency_key, count(*) FROM jobs
+ WHERE finished_at IS NULL AND state = 'running' AND lease_until > clock_timestamp()
+   AND tenant = 'bounded' GROUP BY concurrency_key
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +48,16 @@ class Changed:
     job_id: uuid.UUID
     before: str
     after: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Exceeded:
+    """More jobs of a tenant, or of one of its keys, were running than may; by `time.monotonic`."""
+
+    at: float
+    of: str
+    running: int
+    bound: int
 
 
 class Witness:
@@ -62,6 +78,9 @@ class Witness:
         self.events = 0
         self.keys = 0
         self.looks = 0
+        self.exceeded: list[Exceeded] = []
+        self.most_in_flight = (0, 0)
+        self.most_parked = 0
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._watch, name="witness", daemon=True),
@@ -100,6 +119,27 @@ class Witness:
                     Changed(job_id=gone[0], before=self._seen[gone], after="it is gone")
                 )
 
+    def look_at_bounds(self) -> None:
+        """Count what runs of the tenant whose jobs are bounded."""
+        running: dict[str | None, int] = dict(map(tuple, self._world.rows(_IN_FLIGHT)))
+        total = sum(running.values())
+        most = max([count for key, count in running.items() if key is not None], default=0)
+        self.most_in_flight = (
+            max(self.most_in_flight[0], most),
+            max(self.most_in_flight[1], total),
+        )
+        for of, count, bound in (("a key", most, KEY_BOUND), ("the tenant", total, TENANT_BOUND)):
+            if count > bound:
+                now = time.monotonic()
+                self.exceeded.append(Exceeded(at=now, of=of, running=count, bound=bound))
+
+    def parked(self) -> int:
+        """How many doorbells wait for their turns."""
+        with self._world.redis() as client:
+            count = parked(client)
+        self.most_parked = max(self.most_parked, count)
+        return count
+
     # -- leaks -------------------------------------------------------------------------------
 
     def look_at_valkey(self) -> None:
@@ -137,6 +177,8 @@ class Witness:
     def _watch(self) -> None:
         while not self._over.wait(LOOK_EVERY_S):
             try:
+                self.look_at_bounds()
+                self.parked()
                 self.look_at_rows()
                 self.look_at_valkey()
             except (DBAPIError, redis.RedisError):
@@ -158,6 +200,15 @@ class Witness:
             if message is not None and message["type"] == "pmessage":
                 self.events += 1
                 self.search(f"a message on {message['channel']!r}", message["data"])
+
+
+def parked(client: Any) -> int:
+    """How many doorbells wait for their turns: as their counters say, and as they are there."""
+    counters = list(client.scan_iter(match=PARKED_KEY % "*", count=500))
+    places = list(client.scan_iter(match="promptfleet:fair:*:b:q:*", count=500))
+    counted: int = sum(int(value or 0) for value in client.mget(counters)) if counters else 0
+    there: int = sum(client.zcard(place) for place in places)
+    return max(counted, there)
 
 
 def _values(client: Any, key: bytes) -> Iterator[bytes]:

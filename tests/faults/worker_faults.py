@@ -78,12 +78,47 @@ class SweeperPaused(Fault):
         wire, pid = world.wire(self.worker, "postgres"), world.pid(self.worker)
         trap = Trap(match="due AS MATERIALIZED", then=lambda: world.signal(pid, signal.SIGSTOP))
         wire.trap = trap
-        if not _came(lambda: trap.sprung > 0):
+        if not came(lambda: trap.sprung > 0):
             world.signal(pid, signal.SIGSTOP)
         wire.trap = None
 
     def heal(self, world: World) -> None:
         world.signal(world.pid(self.worker), signal.SIGCONT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class BatchMakerKilled(Fault):
+    """SIGKILL of a worker whose batch the provider has just made, before that is written down."""
+
+    kind: ClassVar[str] = "batch_maker_killed"
+    touches: ClassVar[frozenset[str]] = frozenset({"workers", "postgres", "batches"})
+
+    @classmethod
+    def drawn(cls, draw: random.Random) -> Self:
+        del draw
+        return cls()
+
+    def begin(self, world: World) -> None:
+        makers: list[str] = []
+        for worker in WORKERS:
+            world.wire(worker, "postgres").trap = _slowed(world, worker, makers)
+        made = world.batches_made()
+        if came(lambda: bool(makers)):
+            came(lambda: world.batches_made() > made)
+            world.signal(world.pid(makers[0]), signal.SIGKILL)
+        for worker in WORKERS:
+            world.wire(worker, "postgres").heal()
+
+
+def _slowed(world: World, worker: str, makers: list[str]) -> Trap:
+    """Who has written that it is about to ask the provider needs long to write anything more."""
+
+    def now() -> None:
+        if not makers:
+            makers.append(worker)
+            world.wire(worker, "postgres").delay_s = 0.3
+
+    return Trap(match="SET state = 'submitting'", then=now)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +167,7 @@ class ClockWrong(Fault):
         world.clock_of(self.worker).write_text("0", encoding="ascii")
 
 
-def _came(condition: object) -> bool:
+def came(condition: object) -> bool:
     """True if the condition came true within `PATIENCE_S`."""
     assert callable(condition)
     deadline = time.monotonic() + PATIENCE_S

@@ -12,12 +12,14 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
+import orjson
 import redis
 import sqlalchemy as sa
 from pydantic import SecretStr
@@ -26,7 +28,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 from tests.acceptance.fleet import procfile_workers
 from tests.faults.disk import SmallDisk
-from tests.faults.orders import TIERS
+from tests.faults.orders import METERED, SPENDER, TIERS
 from tests.faults.proxy import Exchange, Wire
 from tests.processes import Provider, worker_environment
 from tests.receiver import Answer, Received, Receiver
@@ -53,6 +55,13 @@ DRAIN_S = 4.0
 MAX_CALLS = 6
 RETRY_ATTEMPTS = 4
 MAX_CONNECTIONS = 80
+SPILL_BEFORE_S = 68.0
+"""Seconds before its deadline that a provider's batch has to have answered a prompt."""
+TENANT_BOUND = 12
+KEY_BOUND = 3
+RPM = 150
+"""Requests that the metered provider takes in any minute, and not one more."""
+LATENCY_MS = "20..400"
 READY = re.compile(r"^(worker_\w+) .*\bready\.", re.MULTILINE)
 FLEET = """
 default_tier = "basic"
@@ -80,15 +89,35 @@ retries_per_s = 20
 basic = {{ models = ["plain"] }}
 standard = {{ models = ["streamed"] }}
 advanced = {{ models = ["plain", "second"] }}
+[batch_service]
+gather_s = 0.7
+poll_s = 0.5
+settle_s = 2
+spill_before_s = {spill_before_s}
+[fairness.tenants.bounded]
+max_in_flight = {tenant_bound}
+[fairness]
+max_in_flight_per_key = {key_bound}
+[[budgets]]
+name = "hard"
+by = "tenant"
+only = ["{spender}"]
+period = "total"
+hard_usd = {hard_usd}
 [models.plain]
 price_as = "free"
-deployments = [{{ base_url = "{url}" }}, {{ base_url = "{url}" }}]
+deployments = [{{ base_url = "{url}", batch_api = true }}, {{ base_url = "{url}" }}]
 [models.streamed]
 price_as = "free"
 deployments = [{{ base_url = "{url}", stream = true }}]
 [models.second]
 price_as = "free"
 deployments = [{{ base_url = "{url}" }}]
+[models.{metered}]
+price_as = "openai/gpt-4o-mini"
+[[models.{metered}.deployments]]
+base_url = "{metered_url}"
+limits = {{ requests_per_minute = {rpm} }}
 """
 _SMALL_WAL = {
     "max_connections": str(MAX_CONNECTIONS),
@@ -103,13 +132,17 @@ _SMALL_WAL = {
 class World:
     """Postgres, Valkey, a provider, a receiver, workers and wires; each can be broken."""
 
-    def __init__(self, directory: Path, *, disk: SmallDisk | None) -> None:
+    def __init__(
+        self, directory: Path, *, disk: SmallDisk | None, hard_usd: Decimal = Decimal("0.001")
+    ) -> None:
         """Start nothing yet.
 
         Args:
             directory: Where all data and logs are.
             disk: Where Postgres' data go; None for `directory`.
+            hard_usd: What the spender may spend.
         """
+        self.hard_usd = hard_usd
         self.directory = directory
         self.disk = disk
         self.lock = threading.RLock()
@@ -147,8 +180,14 @@ class World:
         engine = make_engine(self.postgres.url, application_name="nemesis", pool_size=1)
         migrate(engine)
         engine.dispose()
-        self.provider = Provider(self.directory, "--latency-ms", "20..400")
+        self.provider = Provider(
+            self.directory, "--latency-ms", LATENCY_MS, "--batch-ms", "200..3000"
+        )
         self._stack.callback(self.provider.close)
+        metered = self.directory / "metered"
+        metered.mkdir(parents=True, exist_ok=True)
+        self.metered = Provider(metered, "--latency-ms", LATENCY_MS, "--rpm", str(RPM))
+        self._stack.callback(self.metered.close)
         self.receiver = self._stack.enter_context(Receiver(self._take_callback))
         self.exchange = self._stack.enter_context(Exchange())
         self.workers = _worker_commands()
@@ -160,16 +199,11 @@ class World:
         targets = {
             "postgres": lambda: ("127.0.0.1", self.postgres.port),
             "valkey": lambda: ("127.0.0.1", self.valkey.port),
-            "provider": self._provider_address,
+            "provider": lambda: _address(self.provider),
+            "metered": lambda: _address(self.metered),
         }
         for server, target in targets.items():
             self.exchange.wire(f"{client}->{server}", target, postgres=server == "postgres")
-
-    def _provider_address(self) -> tuple[str, int]:
-        parts = urlsplit(self.provider.url)
-        assert parts.hostname
-        assert parts.port
-        return parts.hostname, parts.port
 
     def _start_workers(self) -> None:
         log = self._stack.enter_context(self._log_path.open("a", encoding="utf-8"))
@@ -194,7 +228,19 @@ class World:
     def _environment(self, worker: str) -> Mapping[str, str]:
         config = self.directory / f"{worker}.toml"
         provider = self.wire(worker, "provider").url(self.provider.base_url)
-        text = FLEET.format(url=provider, max_calls=MAX_CALLS, retry_attempts=RETRY_ATTEMPTS)
+        text = FLEET.format(
+            url=provider,
+            metered_url=self.wire(worker, "metered").url(self.metered.base_url),
+            metered=METERED,
+            spender=SPENDER,
+            max_calls=MAX_CALLS,
+            retry_attempts=RETRY_ATTEMPTS,
+            spill_before_s=SPILL_BEFORE_S,
+            tenant_bound=TENANT_BOUND,
+            key_bound=KEY_BOUND,
+            hard_usd=self.hard_usd,
+            rpm=RPM,
+        )
         config.write_text(text, encoding="utf-8")
         env = worker_environment(
             database_url=self.wire(worker, "postgres").url(self.postgres.url),
@@ -225,9 +271,10 @@ class World:
         """The file that puts a worker's clock wrong."""
         return self.directory / f"{worker}.clock"
 
-    def settings(self) -> Settings:
+    def settings(self, tenant: str) -> Settings:
         """A producer's."""
         return Settings(
+            tenant=tenant,
             database_url=SecretStr(self.wire("producers", "postgres").url(self.postgres.url)),
             broker_url=SecretStr(self.wire("producers", "valkey").url(self.valkey.url)),
             config=self.directory / "worker_basic.toml",
@@ -271,6 +318,22 @@ class World:
         """A client of Valkey, not by a wire."""
         return redis.Redis.from_url(self.valkey.url, socket_timeout=5)
 
+    def batches(self) -> list[tuple[str, list[str]]]:
+        """Every batch that the provider has ever made: our own name for it, and its lines' ids."""
+        with httpx.Client(base_url=self.provider.base_url, timeout=30) as client:
+            found: list[Any] = []
+            more = True
+            while more:
+                after = {"after": found[-1]["id"]} if found else {}
+                page = client.get("/batches", params={"limit": 100, **after}).json()
+                found += page["data"]
+                more = page["has_more"]
+            return [(str(batch["metadata"]), _ids_of(client, batch)) for batch in found]
+
+    def batches_made(self) -> int:
+        """How many batches the provider has made so far."""
+        return int(httpx.get(f"{self.provider.url}/stats", timeout=10).json()["batches"])
+
     def control(self, **options: object) -> None:
         """Change how the provider behaves."""
         response = httpx.post(f"{self.provider.url}/control", json=options, timeout=10)
@@ -307,7 +370,7 @@ class World:
             self.signal(self.pid(worker), signal.SIGCONT)
         self.revive_postgres()
         self.revive_valkey()
-        self.control(errors="", rpm=0, latency_ms="20..400")
+        self.control(errors="", rpm=0, latency_ms=LATENCY_MS, batch_faults="")
 
     def _await_postgres(self) -> None:
         """Wait until Postgres, which may recover from a crash of its own, answers."""
@@ -341,6 +404,18 @@ def _worker_commands() -> dict[str, Sequence[str]]:
     queues = ",".join(f"prompts.{tier}" for tier in TIERS)
     spare = argv.replace("prompts.basic", queues).replace("basic@", "spare@")
     return {**commands, "worker_spare": shlex.split(spare)}
+
+
+def _address(provider: Provider) -> tuple[str, int]:
+    parts = urlsplit(provider.url)
+    assert parts.hostname
+    assert parts.port
+    return parts.hostname, parts.port
+
+
+def _ids_of(client: httpx.Client, batch: Mapping[str, Any]) -> list[str]:
+    content = client.get(f"/files/{batch['input_file_id']}/content").content
+    return [str(orjson.loads(line)["custom_id"]) for line in content.splitlines() if line]
 
 
 class _Flushing(io.StringIO):

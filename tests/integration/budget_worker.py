@@ -42,15 +42,15 @@ FLEET = """
 default_tier = "basic"
 [tiers.basic]
 models = ["cheap", "dear"]
-[models.cheap]
-deployments = [{ name = "cheap", base_url = "http://first" }]
-[models.dear]
-deployments = [{ name = "dear", base_url = "http://second" }]
+[models.cheap]{bound}
+deployments = [{{ name = "cheap", base_url = "http://first" }}]
+[models.dear]{bound}
+deployments = [{{ name = "dear", base_url = "http://second" }}]
 """
 
 _LEDGER = sa.text("""
-INSERT INTO ledger (job_id, tenant, tier, deployment, calls, cost_usd, metadata)
-VALUES (:job, :tenant, :tier, :deployment, 1, :usd, CAST(:metadata AS jsonb))
+INSERT INTO ledger (job_id, tenant, tier, deployment, calls, output_tokens, cost_usd, metadata)
+VALUES (:job, :tenant, :tier, :deployment, 1, :output, :usd, CAST(:metadata AS jsonb))
 """)
 
 
@@ -66,8 +66,17 @@ class TokenPrices:
 class BudgetRig:
     """A worker's budgets, and its jobs without a pipeline."""
 
-    def __init__(self, database_url: str, url: str, budgets: str, **options: float) -> None:
-        self.fleet: Fleet = parse_fleet(FLEET + budgets)
+    def __init__(
+        self,
+        database_url: str,
+        url: str,
+        budgets: str,
+        *,
+        most: int | None = None,
+        **options: float,
+    ) -> None:
+        bound = "" if most is None else f"\nmax_output_tokens = {most}"
+        self.fleet: Fleet = parse_fleet(FLEET.format(bound=bound) + budgets)
         self.database = AsyncDatabase(database_url, application_name="tests", pool_size=3)
         self.events: list[Event] = []
         self.budgets = Budgets(
@@ -87,9 +96,12 @@ class BudgetRig:
         nobody: dict[str, Provider] = {name: cast("Provider", None) for name in ("cheap", "dear")}
         self._router = Router(self.fleet, nobody)
 
-    def work(self, tokens: int = 10, *, tenant: str = "t", job: uuid.UUID | None = None) -> Work:
-        """A job whose call costs at most `tokens` cents."""
-        request = orjson.dumps({"max_tokens": tokens, "messages": []}).decode()
+    def work(
+        self, tokens: int | None = 10, *, tenant: str = "t", job: uuid.UUID | None = None
+    ) -> Work:
+        """A job whose call costs at most `tokens` cents; None for one without a bound."""
+        bound = {} if tokens is None else {"max_tokens": tokens}
+        request = orjson.dumps({**bound, "messages": []}).decode()
         claimed = ClaimedJob(
             id=job or uuid7(),
             fence=1,
@@ -118,7 +130,12 @@ class BudgetRig:
         )
 
     async def write(
-        self, work: Work, usd: Decimal, metadata: Mapping[str, Any] | None = None
+        self,
+        work: Work,
+        usd: Decimal,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        output: int = 0,
     ) -> None:
         """What a call cost, as its result's transaction writes it."""
         parameters = {
@@ -127,24 +144,26 @@ class BudgetRig:
             "tier": work.job.tier,
             "deployment": work.route[0].deployment.name,
             "usd": usd,
+            "output": output,
             "metadata": None if metadata is None else orjson.dumps(metadata).decode(),
         }
         await self.database.run(lambda connection: connection.execute(_LEDGER, parameters))
 
-    def outcome(self, work: Work, usd: Decimal) -> Outcome:
+    def outcome(self, work: Work, usd: Decimal, output: int = 0) -> Outcome:
         return Outcome(
             job_id=work.job.id,
             fence=1,
             state=JobState.SUCCEEDED,
             deployment=work.route[0].deployment.name,
+            usage=Usage(output=output),
             cost_usd=usd,
             calls=1,
         )
 
-    async def finish(self, work: Work, usd: Decimal) -> None:
+    async def finish(self, work: Work, usd: Decimal, *, output: int = 0) -> None:
         """The call is over: the ledger, then the counters."""
-        self.budgets.end(work, self.outcome(work, usd))
-        await self.write(work, usd)
+        self.budgets.end(work, self.outcome(work, usd, output))
+        await self.write(work, usd, output=output)
         self.budgets.settle([work.job.id])
         await self.settled()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import orjson
 import sqlalchemy as sa
@@ -18,6 +18,7 @@ from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.sweeping import Sweep, sweep
 from promptfleet_workers.batching import DoorbellWait, Slots
 from promptfleet_workers.breakers import Breakers
+from promptfleet_workers.budgets import Budgets
 from promptfleet_workers.caching.memory import MemoryCache
 from promptfleet_workers.calling import Caller
 from promptfleet_workers.claims import Claims
@@ -69,8 +70,9 @@ def fleet_of(
     settle_s: float = 0.1,
     max_lines: int = 1000,
     batch_api: bool = True,
+    more: str = "",
 ) -> Fleet:
-    """One deployment of that provider at `url`."""
+    """One deployment of that provider at `url`; `more` goes into fleet.toml."""
     return parse_fleet(
         FLEET.format(
             provider=provider,
@@ -82,6 +84,7 @@ def fleet_of(
             max_lines=max_lines,
             batch_api=str(batch_api).lower(),
         )
+        + more
     )
 
 
@@ -94,7 +97,14 @@ def batch_job(text: str, **fields: object) -> JobSpec:
 class Station:
     """One worker's pipeline and batch service, without Celery, heartbeat and sweeper."""
 
-    def __init__(self, url: str, fleet: Fleet, *, lease_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        fleet: Fleet,
+        *,
+        lease_s: float = 30.0,
+        make_budgets: Callable[[Station], Budgets] | None = None,
+    ) -> None:
         self.fleet = fleet
         self.database = AsyncDatabase(url, application_name="tests", pool_size=3)
         self.client = HttpClient()
@@ -104,6 +114,7 @@ class Station:
         self.woken = asyncio.Event()
         self.cache = MemoryCache()
         self.slots, self.claims = Slots(64), Claims()
+        self.budgets = make_budgets(self) if make_budgets else None
         providers = {
             deployment.name: build_provider(deployment, self.client)
             for model in fleet.models.values()
@@ -124,6 +135,7 @@ class Station:
             retention_s=0.0,
             ring=self.rung.extend,
             lease_s=lease_s,
+            budgets=self.budgets,
         )
         self.service = self.batches.service
         caller = Caller(
@@ -134,6 +146,7 @@ class Station:
             endings=endings,
             streams=TokenStreams("redis://127.0.0.1:1"),
             calls=64,
+            budgets=self.budgets,
         )
         self.pipeline = Pipeline(
             database=self.database,
@@ -165,6 +178,7 @@ class Station:
             announce=self.told.update,
             wake_callbacks=self.woken.set,
             emit=self.events.append,
+            spending=self.budgets,
         )
 
     def _ring(self, doorbells: Iterable[Doorbell]) -> None:
@@ -188,6 +202,8 @@ class Station:
 
     async def aclose(self) -> None:
         await self.pipeline.drain(0.0)
+        if self.budgets is not None:
+            await self.budgets.aclose()
         await self.client.aclose()
         await self.database.close()
 

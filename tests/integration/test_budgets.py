@@ -9,13 +9,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 import sqlalchemy as sa
 from tests.integration.budget_worker import BudgetRig
 
+from promptfleet_shared.jobs import JobKind
 from promptfleet_workers.budgets import Reason
+from promptfleet_workers.context.errands import REFUSED
 from promptfleet_workers.telemetry import BudgetNearlySpent, BudgetRefused
 
 ALL = """
@@ -33,8 +36,10 @@ MakeRig = Callable[..., BudgetRig]
 async def make_rig(database_url: str, broker_url: str) -> AsyncIterator[MakeRig]:
     rigs: list[BudgetRig] = []
 
-    def make(budgets: str = ALL, *, url: str = broker_url, **options: float) -> BudgetRig:
-        rigs.append(BudgetRig(database_url, url, budgets, **options))
+    def make(
+        budgets: str = ALL, *, url: str = broker_url, most: int | None = None, **options: float
+    ) -> BudgetRig:
+        rigs.append(BudgetRig(database_url, url, budgets, most=most, **options))
         return rigs[-1]
 
     yield make
@@ -172,6 +177,20 @@ async def test_without_the_server_a_hard_budget_lets_nothing_through(make_rig: M
     assert await soft.budgets.reserve([soft.work()]) == {}
 
 
+async def test_who_comes_often_comes_less_often(make_rig: MakeRig) -> None:
+    """A provider's batch may hold the money for hours."""
+    rig = make_rig()
+    assert await rig.budgets.reserve([rig.work(100)]) == {}
+    work = rig.work(100)
+    work.job = work.job._replace(deferrals=50)
+    refusal = (await rig.budgets.reserve([work]))[work.job.id]
+    assert 15 <= (refusal.wait_s or 0) <= 30
+
+
+def test_errands_know_why_budgets_refuse() -> None:
+    assert {f"budget_{reason.value}" for reason in Reason} < REFUSED
+
+
 async def test_a_lost_workers_calls_are_found_in_the_ledger(make_rig: MakeRig) -> None:
     """It dies between its commit and its settlement."""
     lost, rig = make_rig(hold_s=0.2), make_rig()
@@ -214,6 +233,7 @@ async def test_what_is_settled_while_the_ledger_is_read_is_not_lost(
     with redis.Redis.from_url(broker_url) as server:
         (spent,) = server.keys("*:spent:*")
         server.hdel(spent, "period")
+    await one.budgets._lengths.read()
     run = one.database.run
 
     async def slowly(statement):  # type: ignore[no-untyped-def]
@@ -269,6 +289,98 @@ class TestScopes:
         rig = make_rig(ALL + small)
         assert await rig.budgets.reserve([rig.work(60, tenant="a")])
         assert await rig.budgets.reserve([rig.work(50, tenant=t) for t in "bc"]) == {}
+
+
+class TestUnboundedAnswers:
+    """A job without `max_tokens` reserves what such answers take, and more than the longest did."""
+
+    async def test_it_is_learned(self, make_rig: MakeRig) -> None:
+        rig = make_rig(ALL + "reserve_output_tokens = 10\n")
+        first = rig.work(None)
+        assert await rig.budgets.reserve([first]) == {}
+        await rig.finish(first, Decimal("0.40"), output=40)
+
+        # 60 cents are left, and 50 are reserved for each.
+        refusals = await rig.budgets.reserve([second := rig.work(None), third := rig.work(None)])
+        assert set(refusals) == {third.job.id}
+        await rig.finish(second, Decimal("0.45"), output=45)
+        assert await rig.budgets.reserve([rig.work(None)])  # 15 cents are not enough
+
+    async def test_the_ledger_tells_a_new_worker(self, make_rig: MakeRig) -> None:
+        before = make_rig()
+        await before.write(before.work(), Decimal("0.10"), output=60)
+        rig = make_rig(ALL + "reserve_output_tokens = 10\n")
+        assert len(await rig.budgets.reserve([rig.work(None), rig.work(None)])) == 1
+
+    async def test_many_at_once_are_over_by_no_more_than_one(self, make_rig: MakeRig) -> None:
+        """Answers of 30 to 40 tokens: what was once seen is reserved for all that follow."""
+        rig = make_rig(ALL + "reserve_output_tokens = 10\n")
+        await rig.budgets.reserve([first := rig.work(None)])
+        await rig.finish(first, Decimal("0.30"), output=30)
+        spent = Decimal("0.30")
+        while True:
+            works = [rig.work(None) for _ in range(20)]
+            refusals = await rig.budgets.reserve(works)
+            going = [work for work in works if work.job.id not in refusals]
+            if not going:
+                break
+            for work in going:
+                await rig.finish(work, Decimal("0.40"), output=40)
+                spent += Decimal("0.40")
+        assert Decimal("0.5") < spent <= Decimal("1.40")
+
+    async def test_the_most_can_be_reserved(self, make_rig: MakeRig) -> None:
+        most = ALL + 'reserve = "most"\nreserve_output_tokens = 10\n'
+        rig = make_rig(most, most=90)
+        assert len(await rig.budgets.reserve([rig.work(None), rig.work(None)])) == 1
+        unknown = make_rig(most)  # 16,384 tokens
+        assert len(await unknown.budgets.reserve([unknown.work(None)])) == 1
+
+    async def test_no_more_than_the_model_can_write(self, make_rig: MakeRig) -> None:
+        rig = make_rig(ALL + "reserve_output_tokens = 1000\n", most=50)
+        assert await rig.budgets.reserve([rig.work(None), rig.work(None)]) == {}
+
+    async def test_embeddings_write_nothing(self, make_rig: MakeRig) -> None:
+        rig = make_rig(ALL)
+        work = rig.work(None)
+        work.job = work.job._replace(kind=JobKind.EMBEDDING)
+        assert await rig.budgets.reserve([work]) == {}
+
+
+async def test_what_lines_hold_lasts_longer_than_a_workers_word(
+    make_rig: MakeRig, broker_url: str
+) -> None:
+    rig = make_rig(hold_s=1.0)
+    work = rig.work(90)
+    await rig.budgets.reserve([work])
+    hold = rig.budgets._held[work.job.id]
+    await rig.budgets.hand_over([work])
+    await rig.budgets._counters.announce([hold])  # as the worker that lands it may
+    with redis.Redis.from_url(broker_url, decode_responses=True) as server:
+        (held,) = server.keys("*{budgets}:held:*")
+        lapsing: Any = server.zrange(held, 0, -1, withscores=True)
+        now: Any = server.time()
+    ((_, lapses_ms),) = lapsing
+    assert lapses_ms / 1000 - now[0] > 3000
+
+
+async def test_who_was_given_up_meanwhile_holds_nothing(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig()
+    work = rig.work(90)
+    ask = rig.budgets._counters.ask
+
+    async def slowly(*args: Any, **parts: Any) -> Any:
+        reply = await ask(*args, **parts)
+        work.ended = True
+        return reply
+
+    monkeypatch.setattr(rig.budgets._counters, "ask", slowly)
+    await rig.budgets.reserve([work])
+    monkeypatch.undo()
+    await rig.settled()
+    assert await rig.budgets.reserve([rig.work(90)]) == {}
 
 
 class TestSoftLimits:

@@ -217,6 +217,9 @@ class TestConversations:
 
         assert {result.state for result in results} == {JobState.SUCCEEDED}
         assert {result.attempts for result in results} == {1}  # who waits burns no attempt
+        # Claimed in vain once at most: then called when its turn comes, and not before.
+        deferrals = [job_row(site.database, each.id)["deferrals"] for each in specs]
+        assert max(deferrals) == 1
         for chat in chats:
             assert site.said(chat) == [f"turn {n}" for n in range(6)]
         for place, result in enumerate(results):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import datetime as dt
 import io
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
 
+import httpx
 import pytest
 import sqlalchemy as sa
 from tests.integration.test_pipeline import Rig, answer_all, make_rig
 from tests.rows import claim_one, insert, ledger_rows, outcome, result_rows, spec
 from typer.testing import CliRunner
 
+import promptfleet.api
 from promptfleet.cli import app
 from promptfleet_shared.errors import InvalidRequestError, ProviderError
 from promptfleet_shared.jobs import CacheStatus, Usage
@@ -23,6 +26,7 @@ from promptfleet_shared.settings import Settings
 from promptfleet_shared.store.claims import release
 from promptfleet_shared.store.costs import costs, observed_outputs, observed_rates
 from promptfleet_shared.store.finishing import finish
+from promptfleet_shared.store.keys import create_key
 from promptfleet_shared.store.results import request_cancel
 from promptfleet_workers.claims import Abort
 from promptfleet_workers.providers.protocol import Answer, Call
@@ -193,10 +197,12 @@ def _now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
-def _costs(database: sa.Engine, by: str, *, tenant: str | None = "default") -> dict[str, object]:
+def _costs(
+    database: sa.Engine, by: str, *, tenant: str | None = "default", most: int | None = None
+) -> dict[str, object]:
     with database.connect() as connection:
         span = {"since": _now() - dt.timedelta(hours=1), "until": _now() + dt.timedelta(hours=1)}
-        rows = costs(connection, by=by, tenant=tenant, **span)
+        rows = costs(connection, by=by, tenant=tenant, most=most, **span)
     return {str(row.key): row.cost_usd for row in rows}
 
 
@@ -253,6 +259,84 @@ def test_a_release_has_its_lost_calls_in_the_ledger(database: sa.Engine) -> None
     assert rows[0]["at_most_usd"] == Decimal("0.1")
 
 
+def _key(database: sa.Engine, tenant: str, *scopes: str) -> str:
+    with database.begin() as connection:
+        made = create_key(connection, tenant=tenant, scopes=scopes or ("read",), name="tests")
+    return made.secret
+
+
+@contextlib.asynccontextmanager
+async def _api(settings: Settings, key: str) -> AsyncIterator[httpx.AsyncClient]:
+    api = promptfleet.api.create_app(settings)
+    transport = httpx.ASGITransport(app=api)
+    headers = {"authorization": f"Bearer {key}"}
+    async with (
+        promptfleet.api.lifespan(api),
+        httpx.AsyncClient(transport=transport, base_url="http://api", headers=headers) as client,
+    ):
+        yield client
+
+
+class TestOverHttp:
+    @pytest.mark.parametrize("walls", [1, 2])
+    async def test_other_tenants_are_not_seen(
+        self, spent: sa.Engine, settings: Settings, walls: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if walls == 1:  # without row-level security, the statements alone
+            monkeypatch.setattr("promptfleet.api.stores.step_down", lambda _: None)
+        async with _api(settings, _key(spent, "stranger")) as client:
+            for by in ("model", "tenant"):
+                found = (await client.get("/v1/costs", params={"by": by})).json()
+                assert (found["rows"], found["total"]["calls"]) == ([], 0)
+
+    async def test_the_last_seven_days_by_default(
+        self, spent: sa.Engine, settings: Settings
+    ) -> None:
+        with spent.begin() as connection:
+            connection.execute(
+                sa.text("UPDATE ledger SET at = at - interval '8 days' WHERE tier = 'top'")
+            )
+        async with _api(settings, _key(spent, "default")) as client:
+            found = (await client.get("/v1/costs")).json()
+        assert {row["key"]: row["cost_usd"] for row in found["rows"]} == {"m1": 0.5}
+        since, until = (dt.datetime.fromisoformat(found[name]) for name in ("since", "until"))
+        assert (until - since, until.utcoffset()) == (dt.timedelta(days=7), dt.timedelta(0))
+
+    @pytest.mark.parametrize(
+        ("query", "param", "said"),
+        [
+            ("by=prompt", "by", "must be one of model"),
+            ("by=metadata.", "by", "must be one of model"),
+            ("by=metadata.a%00b", "by", "must be one of model"),
+            ("since=yesterday", "since", "since: must be like 7d"),
+            ("since=9999999999d", "since", "since: must be like 7d"),
+            ("until=0001-01-01T00:00:00%2B14:00", "until", "until: must be like 7d"),
+        ],
+    )
+    async def test_what_is_wrong_is_named(
+        self, spent: sa.Engine, settings: Settings, query: str, param: str, said: str
+    ) -> None:
+        async with _api(settings, _key(spent, "default")) as client:
+            answer = await client.get(f"/v1/costs?{query}")
+        assert answer.status_code == 422
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == (param, "invalid_request")
+        assert said in error["message"]
+
+    async def test_a_key_without_the_scope_is_refused(
+        self, spent: sa.Engine, settings: Settings
+    ) -> None:
+        async with _api(settings, _key(spent, "default", "submit")) as client:
+            assert (await client.get("/v1/costs")).status_code == 403
+
+
+@pytest.mark.parametrize("by", ["metadata.project", "tier"])
+def test_more_rows_than_there_is_room_for(spent: sa.Engine, by: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"by: {by} has more than 1 values"):
+        _costs(spent, by, most=1)
+    assert len(_costs(spent, by, most=2)) == 2
+
+
 class TestCommand:
     @pytest.fixture
     def run(
@@ -261,8 +345,9 @@ class TestCommand:
         monkeypatch.setenv("PROMPTFLEET_DATABASE_URL", settings.database_url.get_secret_value())
         monkeypatch.setenv("COLUMNS", "200")
 
-        def run(*words: str) -> str:
-            result = CliRunner().invoke(app, ["cost", *words])
+        def run(*words: str, tenant: str | None = None) -> str:
+            whose = [] if tenant is None else ["--tenant", tenant]
+            result = CliRunner().invoke(app, ["cost", *words, *whose])
             assert result.exit_code == 0, result.output
             return result.stdout
 
@@ -287,6 +372,21 @@ class TestCommand:
 
     def test_nothing_in_that_time(self, run: Callable[..., str]) -> None:
         assert json.loads(run("--until", "1h", "--format", "json"))["rows"] == []
+
+    async def test_the_api_says_the_same(
+        self, run: Callable[..., str], spent: sa.Engine, settings: Settings
+    ) -> None:
+        span = {"since": "2020-01-01", "until": f"{_now() + dt.timedelta(days=1):%Y-%m-%d}"}
+        options = [word for name, value in span.items() for word in (f"--{name}", value)]
+        async with _api(settings, _key(spent, "default")) as client:
+            for by in ("model", "tier", "deployment", "day", "metadata.project", "tenant"):
+                told = json.loads(run("--by", by, *options, "--format", "json", tenant="default"))
+                answer = await client.get("/v1/costs", params={"by": by, **span})
+                assert answer.status_code == 200
+                found = answer.json()
+                assert found["rows"]
+                assert (found["rows"], found["total"]) == (told["rows"], told["total"])
+                assert (found["by"], found["tenant"]) == (by, "default")
 
     def test_a_wrong_time(self) -> None:
         result = CliRunner().invoke(app, ["cost", "--since", "yesterday"])

@@ -10,7 +10,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -24,6 +24,10 @@ from promptfleet_shared.jobs import JobKind
 from promptfleet_workers.providers.building import build_provider
 from promptfleet_workers.providers.http import HttpClient
 from promptfleet_workers.providers.protocol import Answer, Call, Completion, Provider
+from promptfleet_workers.providers.simulated.http import HttpServer
+from promptfleet_workers.providers.simulated.options import Options
+from promptfleet_workers.providers.simulated.server import SimulatedProvider
+from promptfleet_workers.rate_limits.learning import limits_told
 from promptfleet_workers.retries import FailureKind, Verdict, classify
 
 KEY = "the-key"
@@ -72,6 +76,7 @@ async def ask(
     kind: JobKind = JobKind.CHAT,
     stream: bool = False,
     heard: list[str] | None = None,
+    on_headers: Callable[[Mapping[str, str]], None] | None = None,
     **timers: float,
 ) -> list[Answer]:
     return await provider.call(
@@ -83,6 +88,7 @@ async def ask(
             timeouts=TimeoutOptions.model_validate(timers),
             stream=stream,
             on_text=None if heard is None else heard.append,
+            on_headers=on_headers,
         )
     )
 
@@ -204,6 +210,39 @@ async def test_both_are_refused_alike(provider: Provider, official: genai.Client
     judgement = classify(error)
     assert (judgement.kind, judgement.verdict) == (FailureKind.RATE_LIMIT, Verdict.DEFER)
     assert error.retry_after_s == 1.5  # by RetryInfo: no header says so
+
+
+async def test_both_are_told_which_quota_was_exceeded(client: HttpClient) -> None:
+    server = HttpServer(SimulatedProvider(Options(rpm=1)))
+    url = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    heard: list[Mapping[str, str]] = []
+    provider = _provider(url, client)
+    await ask(provider, chat("one"), on_headers=heard.append)
+    error = await failure(provider, "two", on_headers=heard.append)
+    refused = await failure(provider, "two", stream=True)
+    with (
+        genai.Client(api_key=KEY, http_options=types.HttpOptions(base_url=url)) as official,
+        pytest.raises(errors.ClientError) as caught,
+    ):
+        await asyncio.to_thread(official.models.generate_content, model=MODEL, contents="two")
+    await server.drain(1)
+
+    theirs = json.dumps(caught.value.details)
+    assert '"quotaId": "GenerateRequestsPerMinutePerProjectPerModel", "quotaValue": "1"' in theirs
+    assert error.limits == refused.limits == {"requests": 1}
+    assert error.retry_after_s is not None
+    assert 50 < error.retry_after_s < 61
+    assert classify(error).kind is FailureKind.RATE_LIMIT
+    assert [list(limits_told(headers)) for headers in heard] == [[], []]  # it has no such headers
+
+
+async def test_a_day_that_is_used_up_is_not_waited_for_like_a_minute(provider: Provider) -> None:
+    error = await failure(provider, "[[sim:quota]]")
+    judgement = classify(error)
+
+    assert (error.code, error.limits, error.retry_after_s) == ("daily_quota_exceeded", None, 22)
+    assert (judgement.verdict, judgement.otherwise) == (Verdict.NEXT, Verdict.DEFER)
+    assert (judgement.stops_key, judgement.alone) == (True, True)
 
 
 async def test_a_wrong_key(url: str, client: HttpClient) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
+import redis
 import sqlalchemy as sa
 from tests.integration.test_pipeline import DEADLINE_S, Rig
 from tests.rows import change, insert, job_row, result_rows, spec
@@ -16,6 +18,7 @@ from promptfleet_shared.fleet import Deployment, TimeoutOptions, parse_fleet
 from promptfleet_shared.jobs import JobKind
 from promptfleet_shared.policies.limits import Dimension
 from promptfleet_shared.pricing import Pricer
+from promptfleet_workers.providers.gemini import GeminiProvider
 from promptfleet_workers.providers.http import HttpClient
 from promptfleet_workers.providers.openai import OpenAIProvider
 from promptfleet_workers.providers.protocol import Call
@@ -23,6 +26,7 @@ from promptfleet_workers.providers.simulated.http import HttpServer
 from promptfleet_workers.providers.simulated.options import Options
 from promptfleet_workers.providers.simulated.server import SimulatedProvider
 from promptfleet_workers.rate_limits.building import Limiting
+from promptfleet_workers.rate_limits.exchange import PREFIX
 from promptfleet_workers.rate_limits.learning import limits_told
 
 # Six a minute: the first goes at once, the next in ten seconds.
@@ -50,7 +54,7 @@ async def limited(database_url: str, database: sa.Engine, broker_url: str) -> As
 
     def make(limits: str) -> Rig:
         rig = Rig(database_url, database, calls=8, batches=8)
-        limiting = Limiting.of(parse_fleet(limits), broker_url, Pricer())
+        limiting = Limiting.of(parse_fleet(limits), broker_url, Pricer(), rig.database)
         assert limiting is not None
         rig.caller._quotas = limiting.quotas
         made.append((rig, limiting))
@@ -121,6 +125,46 @@ async def test_a_short_wait_is_waited_out_in_the_worker(limited: Rigged) -> None
     assert [row["state"] for row in rows] == ["succeeded", "succeeded"]
     waited = [(row["decision"] or {}).get("limits", {}).get("waited_ms", 0) for row in rows]
     assert max(waited) >= 150
+
+
+async def test_a_minutes_quota_that_a_refusal_of_gemini_names_holds_for_the_fleet(
+    limited: Rigged, broker_url: str
+) -> None:
+    simulated = SimulatedProvider(Options(rpm=2))
+    server = HttpServer(simulated)
+    port = await server.start("127.0.0.1", 0)
+    client = HttpClient()
+    deployment = f"""
+[models.m]
+[[models.m.deployments]]
+name = "first"
+provider = "gemini"
+base_url = "http://127.0.0.1:{port}/v1beta"
+limits = {{}}
+"""
+    (there,) = parse_fleet(deployment).models["m"].deployments
+    first, second = limited(deployment), limited(deployment)
+    for rig in (first, second):
+        rig.provider.behaviour = GeminiProvider(there, client).call
+    jobs = [spec(f"{n}", deadline_s=600.0) for n in range(4)]
+    insert(first.rows, *jobs)
+    await run(first, jobs[0].id, jobs[1].id, jobs[2].id)
+    states = sorted(first.state(job.id) for job in jobs[:3])
+    assert states == ["queued", "succeeded", "succeeded"]
+    with redis.Redis.from_url(broker_url, decode_responses=True) as valkey:
+        name = f"{PREFIX}deployment:first"
+        told: Any = valkey.hgetall(f"{name}:requests_per_minute")
+        valkey.delete(f"{name}:health")  # the pause that it asked for is over
+        valkey.hset(f"{name}:requests_per_minute", "at", int(told["till"]) - 3_540_000_000)
+    assert told["told"] == "2"
+
+    await run(second, jobs[3].id)
+
+    called = {name: len(provider.calls) for name, provider in second.providers.items()}
+    assert called == {"first": 0, "second": 1}
+    assert simulated.stats.rejected[429] == 1
+    await client.aclose()
+    await server.drain(1)
 
 
 @pytest.mark.parametrize("stream", [False, True])

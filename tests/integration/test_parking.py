@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import random
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +16,30 @@ import redis
 import sqlalchemy as sa
 from tests.fair_model import FairModel
 from tests.rows import ago, change, insert, job_row, spec
+from typer.testing import CliRunner
 
-from promptfleet_shared.jobs import Doorbell
+from promptfleet.cli import app
+from promptfleet_shared.errors import BrokerUnavailableError
+from promptfleet_shared.jobs import DEFAULT_PRIORITY, Doorbell
 from promptfleet_shared.parking import Held, ParkingLot, shared_fields
 from promptfleet_shared.policies.fairness import FairnessSection, KeyBound, TenantShare
-from promptfleet_shared.queueing import make_celery, parked_jobs, queue_depths
-from promptfleet_shared.store.sweeping import overdue_doorbells, silent_doorbells, sweep
+from promptfleet_shared.queueing import make_celery, parked_jobs, publish, queue_depths
+from promptfleet_shared.settings import Settings
+from promptfleet_shared.store.database import AsyncDatabase
+from promptfleet_shared.store.sweeping import Order, overdue_doorbells, silent_doorbells, sweep
+from promptfleet_shared.store.tables import jobs
+from promptfleet_workers.sweeper import Sweeper
 
 TIER = "basic"
 CONFIG = "promptfleet:fair:config"
+USUAL_LIST = "prompts.basic\x06\x163"
+FLEET = """
+default_tier = "basic"
+[tiers.basic]
+models = ["small"]
+[models.small]
+deployments = [{ base_url = "http://127.0.0.1:9/v1" }]
+"""
 
 
 def doorbell(tenant: str, made_ms: int, priority: int = 5, key: str | None = None) -> Doorbell:
@@ -55,6 +74,12 @@ class Place:
             channel.queue_declare(queue=f"prompts.{TIER}", passive=False)
             message = channel.basic_get(f"prompts.{TIER}", no_ack=True)
             return [] if message is None else list(message.decode()[0][0])
+
+    def raw(self) -> dict[str, Any]:
+        """The next message as it stands in Redis."""
+        found: Any = self.redis.rpop(USUAL_LIST)
+        message: dict[str, Any] = json.loads(found)
+        return message
 
     @property
     def parked(self) -> int:
@@ -141,6 +166,40 @@ def test_a_doorbell_that_waits_is_not_doubled(place: Place) -> None:
     assert taken == [str(bell.job_id) for bell in bells]
     assert place.parked == 0
     assert queue_depths(place.app, [TIER]) == {TIER: 0}
+
+
+def test_status_tells_what_is_parked_apart_from_the_queue(
+    place: Place,
+    settings: Settings,
+    database: sa.Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tmp_path / "fleet.toml"
+    config.write_text(FLEET)
+    asked = settings.model_copy(update={"config": config})
+    monkeypatch.setattr("promptfleet.cli.status.find_settings", lambda _: asked)
+    place.redis.lpush("prompts.basic", "one message")
+    place.park(doorbell("a", 1), doorbell("b", 2), doorbell("b", 3))
+
+    shown = CliRunner().invoke(app, ["status", "--json"])
+    assert shown.exit_code == 0, shown.output
+    tier = json.loads(shown.stdout)["tiers"][TIER]
+    assert (tier["doorbells"], tier["parked"]) == (1, 3)
+    assert re.search(r"basic\s+1\s+3\s+0", CliRunner().invoke(app, ["status"]).stdout)
+
+
+def test_status_without_a_broker_knows_neither(
+    settings: Settings, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BrokerUnavailableError
+
+    monkeypatch.setattr("promptfleet.cli.status.find_settings", lambda _: settings)
+    monkeypatch.setattr("promptfleet.broker.parked_jobs", refuse)
+
+    tiers = json.loads(CliRunner().invoke(app, ["status", "--json"]).stdout)["tiers"]
+    assert (tiers["basic"]["doorbells"], tiers["basic"]["parked"]) == (None, None)
 
 
 def test_nothing_is_sent_before_the_fleet_knows_its_bounds(place: Place) -> None:
@@ -248,8 +307,96 @@ def test_silent_jobs_are_found_from_both_ends(database: sa.Engine) -> None:
         change(database, job_id, sweep_at=ago(5 - n), rung_at=ago(6))
     with database.begin() as connection:
         first = silent_doorbells(connection, TIER, limit=2)
-        last = silent_doorbells(connection, TIER, limit=2, newest=True)
+        last = silent_doorbells(connection, TIER, limit=2, order=Order.NEWEST)
 
     assert {bell.job_id for bell in first} == set(ids[:2])
     assert {bell.job_id for bell in last} == set(ids[3:])
     assert {(bell.tenant, bell.concurrency_key) for bell in [*first, *last]} == {("a", "k")}
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_a_swept_backlog_does_not_stand_before_another_tenants_job(
+    place: Place, database: sa.Engine, database_url: str, *, silent: bool
+) -> None:
+    """From the table to the queue: judged in its turn, and parked by tenant."""
+    place.configure(chunk=10)
+    place.redis.lpush("prompts.basic", "full")
+    many = [spec(tenant="many", deadline_s=900) for _ in range(2_500)]
+    (last,) = insert(database, spec(tenant="few", deadline_s=900))
+    insert(database, *many)
+    with database.begin() as connection:
+        due = {"sweep_at": sa.text(ago(10)), "rung_at": sa.text(ago(60))}
+        connection.execute(sa.update(jobs).values(due))
+        younger = jobs.c.id.in_([each.id for each in many[1_250:]])
+        connection.execute(sa.update(jobs).where(younger).values(sweep_at=sa.text(ago(2))))
+    change(database, last, sweep_at=ago(5))
+    looks: list[set[uuid.UUID]] = []
+
+    def ring(bells: Iterable[Doorbell]) -> None:
+        found = list(bells)
+        looks.append({bell.job_id for bell in found})
+        place.park(*found)
+
+    async def all_empty(tiers: Sequence[str]) -> Sequence[str]:
+        return tiers
+
+    asynchronous = AsyncDatabase(database_url, application_name="tests", pool_size=1)
+    sweeper = Sweeper(
+        database=asynchronous,
+        tiers=[TIER],
+        interval_s=1,
+        retention_s=0,
+        ring=ring,
+        empty_queues=all_empty,
+        emit=lambda _: None,
+    )
+    try:
+        await (sweeper.ring_silent() if silent else sweeper.sweep())
+    finally:
+        await asynchronous.close()
+
+    assert last in looks[1]  # the first look is at the oldest, the second one fair
+    assert sum(map(len, looks)) == len(set().union(*looks)) == len(many) + 1
+    assert place.parked == len(many) + 1
+    place.redis.delete("prompts.basic")
+    assert str(last) in place.next()  # of the 2,501, in the very next message
+
+
+def test_what_the_script_sends_is_what_celery_sends(place: Place) -> None:
+    place.configure(interactive_reserve=0.25)
+    bells = [doorbell("a", n, priority=DEFAULT_PRIORITY) for n in range(12)]
+    other = doorbell("b", 99)
+    assert place.lot.deliver(place.app, [*bells[:11], other]) == 1
+    ours = place.raw()
+    publish(place.app, bells[:11])
+    theirs = place.raw()
+    ids = [str(bell.job_id) for bell in bells[:11]]
+
+    body = json.loads(ours["body"])
+    assert json.loads(base64.b64decode(theirs["body"])) == [[ids], *body[1:]]
+    assert set(body[0][0]) == {*ids, str(other.job_id)}
+    assert body[0][1] == {"tenants": 2}
+    assert ours["headers"]["argsrepr"].endswith(", ...]")
+    assert ids[0] in ours["headers"]["argsrepr"]
+    own = {"id", "root_id", "argsrepr"}
+    for headers in (ours["headers"], theirs["headers"]):
+        assert headers["id"] == headers["root_id"] == str(uuid.UUID(headers["id"]))
+    assert {k: v for k, v in ours["headers"].items() if k not in own} == {
+        k: v for k, v in theirs["headers"].items() if k not in own
+    }
+    own = {"correlation_id", "reply_to", "delivery_tag", "body_encoding"}
+    assert ours["properties"].keys() == theirs["properties"].keys()
+    assert {k: v for k, v in ours["properties"].items() if k not in own} == {
+        k: v for k, v in theirs["properties"].items() if k not in own
+    }
+    assert ours.keys() == theirs.keys()
+
+
+def test_messages_of_one_look_have_ids_of_their_own(place: Place) -> None:
+    place.configure(chunk=2)
+    for worker in ("w1", "w2", "w3", "w4", "w5", "w6"):
+        place.lot.turn(place.app, TIER, worker=worker)
+    assert place.lot.deliver(place.app, [doorbell("a", n) for n in range(20)]) == 3
+    sent = [json.loads(message) for message in place.redis.lrange(USUAL_LIST, 0, -1)]
+    assert len({message["headers"]["id"] for message in sent}) == 3
+    assert len({message["properties"]["delivery_tag"] for message in sent}) == 3

@@ -24,9 +24,11 @@ from tests.processes import Process
 from tests.waiting import eventually
 
 from promptfleet.dev_stack import EmbeddedValkey
+from promptfleet_shared.fleet import parse_fleet
 from promptfleet_workers.rate_limits.asking import Grant, News, Reservation, Verdict, unused
+from promptfleet_workers.rate_limits.costs import Costs
 from promptfleet_workers.rate_limits.exchange import PREFIX, FleetLimits, _Question
-from promptfleet_workers.rate_limits.keys import LimitKey
+from promptfleet_workers.rate_limits.keys import KeyBook, LimitKey
 from promptfleet_workers.rate_limits.local import LocalLimits
 
 PROGRAM = Path(__file__).with_name("limit_worker.py")
@@ -340,16 +342,26 @@ def test_a_limit_that_the_provider_told_counts_if_it_is_the_lower_one(clocked: C
     mine, unknown = rate("mine", 60), rate("unknown", None)
     assert clocked.one((unknown, 1e9)) == (Verdict.GO, 0)
 
-    clocked.ask(news=News(told=[(mine, 1000.0), (unknown, 6.0)]))
+    clocked.ask(news=News(told=[(mine, 1000.0, 0.0), (unknown, 6.0, 0.0)]))
     assert [clocked.one((mine, 1.0), turn=2)[0] for _ in range(4)][-1] is Verdict.LATER
     assert [clocked.one((unknown, 1.0), turn=2)[0] for _ in range(2)] == [
         Verdict.GO,
         Verdict.LATER,
     ]
-    clocked.ask(news=News(told=[(mine, 2.0)]))
+    clocked.ask(news=News(told=[(mine, 2.0, 0.0)]))
     clocked.now += 3_000_000
     clocked.one((mine, 1.0), turn=2)
     assert clocked.one((mine, 1.0), turn=2)[0] is Verdict.LATER
+
+
+def test_a_limit_that_a_refusal_told_is_forgotten_after_a_while(clocked: Clocked) -> None:
+    key = rate("r", None)
+    clocked.ask(news=News(told=[(key, 6.0, 3600.0)]))
+    clocked.one((key, 1.0), turn=2)
+    clocked.now += 5_000_000
+    assert clocked.one((key, 1.0), turn=2)[0] is Verdict.LATER
+    clocked.now += 3_600_000_000
+    assert [clocked.one((key, 1.0), turn=2)[0] for _ in range(9)] == [Verdict.GO] * 9
 
 
 def test_microseconds_are_kept_to_the_last_digit(clocked: Clocked) -> None:
@@ -401,6 +413,37 @@ async def limits(broker_url: str) -> AsyncIterator[FleetLimits]:
     made = fleet_limits(broker_url)
     yield made
     await made.aclose()
+
+
+async def test_deployments_of_one_api_key_draw_from_one_quota_or_from_nothing(
+    limits: FleetLimits,
+) -> None:
+    plans = KeyBook(
+        parse_fleet("""
+[models.m]
+deployments = [
+  { name = "a", base_url = "http://a", api_key_env = "ONE", limits = { requests_per_day = 50 } },
+  { name = "b", base_url = "http://b", api_key_env = "ONE" },
+]
+[[limits.rules]]
+per = "api_key"
+requests_per_day = 5
+""")
+    ).plans
+    tenant = a_day("tenant", 30)
+
+    async def let_through(name: str) -> int:
+        items = [(key, key.cost(Costs())) for key in plans[name].keys]
+        calls = [Reservation(id=str(n), items=[*items, (tenant, 1.0)]) for n in range(10)]
+        grants = await asyncio.gather(*[limits.reserve(call) for call in calls])
+        assert {g.decisive.label for g in grants if g.decisive} <= {"ONE/requests_per_day"}
+        return sum(grant.verdict is Verdict.GO for grant in grants)
+
+    both = await asyncio.gather(*[let_through(name) for name in ("a", "b")])
+
+    assert sum(both) == 5
+    own = Reservation(id="own", items=[(tenant, 25.0)])
+    assert (await limits.reserve(own)).verdict is Verdict.GO  # none of the others took from it
 
 
 async def test_questions_of_one_moment_are_one_round_trip(

@@ -166,6 +166,9 @@ def row_of(table: str, tenant: str) -> dict[str, Any]:
         "kind": "chat",
         "model": "gpt-4o-mini",
         "fence": 1,
+        "name": "tenant:acme:requests_per_day",
+        "pieces": {},
+        "seen_us": 0,
     }
     columns = metadata.tables[table].columns
     needed = [c.name for c in columns if not c.nullable and c.server_default is None]

@@ -22,7 +22,7 @@ from promptfleet.dev_stack.stack import worker_command
 from promptfleet.requests import Defaults, make_specs
 from promptfleet.testing import FakeFleet, fake_fleet
 from promptfleet_shared.errors import ConfigurationError, ProviderError
-from promptfleet_shared.fleet import parse_fleet
+from promptfleet_shared.fleet import load_fleet, parse_fleet
 from promptfleet_shared.settings import Settings
 from promptfleet_shared.tiers import DEFAULT_TIERS
 
@@ -199,6 +199,41 @@ def test_config_check_prints_file_line_field_and_message() -> None:
     assert ended.stdout == "fleet.toml:3: tiers.basic.models: Field required\n"
     (mistake,) = json.loads(run("config", "check", "--json").stdout)["mistakes"]
     assert (mistake["line"], mistake["field"]) == (3, "tiers.basic.models")
+
+
+UNPRICED = """
+default_tier = "basic"
+[tiers.basic]
+models = ["mine", "known"]
+[models.mine]
+deployments = [{ name = "mine", base_url = "http://mine" }]
+[models.free]
+price_as = "free"
+deployments = [{ name = "free", base_url = "http://free" }]
+[models.known]
+deployments = [{ name = "known", base_url = "http://known", model = "gpt-4o" }]
+"""
+
+
+def test_what_no_budget_can_count_is_warned_of() -> None:
+    for budget, warns in (
+        ("", False),
+        ('[[budgets]]\nname = "b"\nhard_usd = 5', True),
+        ('[[budgets]]\nname = "b"\nsoft_usd = 5\nby = "tenant"\nonly = ["x"]', True),
+        ('[[budgets]]\nname = "b"\nhard_usd = 5\nby = "model"\nonly = ["known"]', False),
+        ('[[budgets]]\nname = "b"\nhard_usd = 5\nby = "tier"\nonly = ["basic"]', True),
+        ('[[budgets]]\nname = "b"\nhard_usd = 5\nby = "tier"\nonly = ["other"]', False),
+    ):
+        Path("fleet.toml").write_text(UNPRICED + budget, encoding="utf-8")
+        found = json.loads(run("config", "check", "--json").stdout)["warnings"]
+        expected = (
+            "mine: no price is known, so that its calls count nothing in the budget b:"
+            ' set models.mine.price_as to "provider/model", or to "free"'
+        )
+        assert found == ([expected] if warns else [])
+        gaps = [finding.level for finding in doctor._budgets(load_fleet(Path("fleet.toml")))]
+        levels = [doctor.Level.WARN] if warns else [doctor.Level.OK]
+        assert gaps == (levels if budget else [])
 
 
 def test_config_show_hides_passwords(monkeypatch: pytest.MonkeyPatch) -> None:

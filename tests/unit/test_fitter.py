@@ -63,11 +63,15 @@ class RecordingEndings:
 
     def __init__(self) -> None:
         self.given_back: list[tuple[Work, float, bool]] = []
+        self.asleep: list[Work] = []
         self.failed: list[tuple[Work, JobError]] = []
         self.counted: Any = None
 
-    def give_back(self, work: Work, delay_s: float, *, counts: bool) -> None:
+    def give_back(
+        self, work: Work, delay_s: float, *, counts: bool, waits_turn: bool = False
+    ) -> None:
         work.ended = True
+        self.asleep += [work] * waits_turn
         self.given_back.append((work, delay_s, counts))
 
     def fail(self, work: Work, error: JobError) -> None:
@@ -207,6 +211,20 @@ async def test_who_waits_for_an_errand_is_given_back_for_longer_and_longer() -> 
     assert waits == sorted(waits)
     assert waits[-1] == 1.0
     assert {errand.tier for errand in rig.errands.errands} == {"open"}
+
+
+async def test_who_waits_for_an_earlier_turn_sleeps_until_it_is_called() -> None:
+    rig = Rig()
+    rig.database.answer = {}  # nobody has its turn
+    works = [rig.work(policy={"memory_id": "m"}, deferrals=n) for n in (0, 3, 100)]
+
+    assert await rig.fitter.fit(works) == []
+
+    assert rig.endings.asleep == works
+    assert works[0].decision == {"waited": {"on": "an earlier turn"}}
+    sleeps = [wait_s for _, wait_s, _ in rig.endings.given_back]
+    assert sleeps == sorted(sleeps)
+    assert (sleeps[0], sleeps[-1]) == (2.0, 15.0)
 
 
 async def test_a_tier_that_is_not_there_is_asked_for_nothing() -> None:

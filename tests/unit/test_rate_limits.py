@@ -120,7 +120,7 @@ def job(**changes: Any) -> ClaimedJob:
 
 def routed(fleet: Fleet, **changes: Any) -> Work:
     claimed = job(**changes)
-    router = Router(fleet, {"a": Nobody(), "b": Nobody()})
+    router = Router(fleet, {name: Nobody() for name in "abcd"})
     now = time.monotonic()
     return Work(
         job=claimed,
@@ -201,6 +201,101 @@ limits = { account = "x", requests_per_minute = 5 }
 """)
     )
     assert book.plans["a"].keys == book.plans["b"].keys
+
+
+BASIC = """
+default_tier = "basic"
+[tiers.basic]
+models = ["m"]
+"""
+KEYED = """
+[[models.m.deployments]]
+name = "a"
+base_url = "http://a"
+api_key_env = "ONE"
+limits = { requests_per_minute = 5 }
+[[models.m.deployments]]
+name = "b"
+base_url = "http://b"
+api_key_env = "ONE"
+[[models.m.deployments]]
+name = "c"
+base_url = "http://c"
+api_key_env = "TWO"
+[[models.m.deployments]]
+name = "d"
+base_url = "http://d"
+api_key = "secret"
+api_key_env = "ONE"
+[[limits.rules]]
+per = "api_key"
+dollars_per_month = 500
+[[limits.rules]]
+per = "api_key"
+only = ["ONE"]
+tokens_per_minute = 1000
+max_concurrency = 3
+"""
+
+
+def test_deployments_draw_from_the_quota_of_their_api_key() -> None:
+    book = KeyBook(parse_fleet(KEYED))
+
+    shared = labels(book.plans["b"].keys)
+    assert shared == [
+        "b/pause",
+        "ONE/pause",
+        "ONE/tokens_per_minute",
+        "ONE/max_concurrency",
+    ]
+    assert set(book.plans["a"].keys) >= set(book.plans["b"].keys[1:])
+    assert labels(book.plans["a"].keys)[1] == "a/requests_per_minute"
+    assert labels(book.plans["c"].keys) == ["c/pause", "TWO/pause", "TWO/dollars_per_month"]
+    assert "d" not in book.plans  # whose key that is, nobody knows
+    assert (book.has_rules, book.has_windows) == (False, True)
+    assert "secret" not in repr(book.plans)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('only = ["ONE"]', 'only = ["THREE"]', "no deployment has api_key_env 'THREE', only ONE"),
+        ("api_key_env", "model", "a rule per api_key needs a deployment with api_key_env"),
+    ],
+)
+def test_a_quota_of_no_key_is_a_mistake(old: str, new: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"limits\.rules") as caught:
+        parse_fleet(KEYED.replace(old, new))
+    assert complaint in str(caught.value)
+
+
+async def test_a_full_key_is_a_reason_to_ask_a_deployment_with_another_one() -> None:
+    fleet = parse_fleet(BASIC + KEYED)
+    key = KeyBook(fleet).plans["b"].keys[2]
+    keeper = Keeper(Grant(verdict=Verdict.LATER, wait_s=2.0, decisive=key))
+    work = routed(fleet)
+
+    refusal = await quotas_of(fleet, keeper).reserve(work.route[0], [work], is_last=False)
+
+    assert isinstance(refusal, ProviderError)
+    assert refusal.code == QUOTA_REACHED
+
+
+async def test_a_429_pauses_the_deployment_and_slows_its_key() -> None:
+    fleet, keeper = parse_fleet(BASIC + KEYED), Keeper()
+    quotas, work = quotas_of(fleet, keeper), routed(fleet)
+    hold = await reserved(quotas, work)
+    error = ProviderError(
+        code="resource_exhausted", status=429, retry_after_s=9, limits={"requests": 3, "tokens": 70}
+    )
+
+    quotas.settle(hold, work.route[0], [work], [error])
+
+    refusals = [(key.label, s) for key, s in keeper.news[0].refusals]
+    assert refusals == [("a/pause", 9), ("ONE/pause", 0)]
+    # Which of the deployment's it is that was told, and never the key's of the same name.
+    told = [(key.label, limit, s > 0) for key, limit, s in keeper.news[0].told]
+    assert told == [("a/requests_per_minute", 3, True), ("a/tokens_per_minute", 70, True)]
 
 
 # -- what a call costs ---------------------------------------------------------------------
@@ -395,7 +490,7 @@ async def test_limits_that_responses_tell_are_passed_on_when_they_change() -> No
     hear = quotas.listeners["a"]
     hear({"x-ratelimit-limit-requests": "40"})
     hear({"x-ratelimit-limit-requests": "30"})  # within the second
-    told = [(key.label, limit) for news in keeper.news for key, limit in news.told]
+    told = [(key.label, limit) for news in keeper.news for key, limit, _ in news.told]
     assert told == [("a/requests_per_minute", 40)]
     assert "b" not in quotas.listeners
 

@@ -105,18 +105,24 @@ class Builder:
         sharing = asyncio.create_task(keep_running("loads", loads.run))
         if balancer.balances:
             observers.metrics.watch_loads(balancer.loads)
-        limiting = Limiting.of(fleet, settings.broker_url.get_secret_value(), pricer)
+        limiting = Limiting.of(fleet, settings.broker_url.get_secret_value(), pricer, database)
         if limiting is not None:
             observers.metrics.registry.register(limiting.quotas.counts)
         deliverer = build_deliverer(settings, emit)
         router = Router(fleet, providers)
-        caching = build_caching(
-            fleet, settings.cache_server_url, router=router, health=breakers, prices=pricer
-        )
-        triage = Triage(fleet=fleet, cache=caching.cache)
         budgets = build_budgets(
             settings, fleet, database, pricer=pricer, deliverer=deliverer, emit=emit
         )
+        caching = build_caching(
+            fleet,
+            settings.cache_server_url,
+            router=router,
+            health=breakers,
+            prices=pricer,
+            limits=limiting.quotas if limiting is not None else None,
+            money=budgets,
+        )
+        triage = Triage(fleet=fleet, cache=caching.cache)
         endings = Endings(
             judge=Escalation(fleet),
             triage=triage,
@@ -169,6 +175,7 @@ class Builder:
                 spending=budgets,
             ),
             ring=self._ringer.ring,
+            budgets=budgets,
         )
         pipeline = Pipeline(
             database=database,
@@ -309,6 +316,7 @@ def build_batches(
     endings: Endings,
     landing: Callable[[BatchPricer], Endings],
     ring: Callable[[Iterable[Doorbell]], None],
+    budgets: Budgets | None,
 ) -> BatchParts | None:
     """What sees to providers' own batches; None where no deployment has a batch API."""
     if not apis:
@@ -325,6 +333,7 @@ def build_batches(
         owner=settings.worker_name or default_worker_name(),
         retention_s=settings.retention_days * SECONDS_A_DAY,
         ring=ring,
+        budgets=budgets,
     )
 
 

@@ -93,12 +93,16 @@ class Breakers:
         else:
             breaker.ended_otherwise(permit, ok=ok)
 
-    def stop(self, name: str, for_s: float) -> None:
+    def stop(self, name: str, for_s: float, *, alone: bool = False) -> None:
         """The key of this deployment is exhausted: no call in the whole fleet for `for_s` seconds.
 
         Then one probe, as after an opening. The first worker that finds out tells of it by an
-        event.
+        event. `alone` leaves out other deployments with the same key.
         """
+        if alone:
+            if self._breakers[name].stop(for_s):
+                self._emit(KeyStopped(deployment=name, for_s=for_s))
+            return
         key = self._keys.get(name, name)
         for other, breaker in self._breakers.items():
             if (other == name or self._keys.get(other, other) == key) and breaker.stop(for_s):

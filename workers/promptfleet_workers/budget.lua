@@ -7,11 +7,12 @@
 --   spent; held, the sum of what is reserved; stale, 1 if the ledger is to be asked; late, what was
 --   settled since somebody began to ask it; told, 1 once somebody heard of the soft limit), and
 --   promptfleet:{budgets}:held:…, a sorted set of reservations by when they lapse; a member is
---   amount:job:fence.
+--   amount:job:fence, or more of a name behind it.
 -- ARGV[1]: JSON {act, quiet_ms, hold_ms, counters: [{period, hard, soft}], …} and by act:
 --   reserve:  jobs: [{id, wants: [{counter, amount}]}]: all or nothing for each of them.
 --   settle:   ends: [{id, reserved: [{counter, amount}], spent: [{counter, amount}]}].
---   announce: jobs as for reserve: what a worker still holds, whatever the server knows.
+--   announce: jobs as for reserve: what is still held, whatever the server knows. One that has
+--             a hold_ms of its own, a line of a provider's batch, has no worker that says so.
 --   seed:     seeds: [{counter, period, spent}].
 --   told:     somebody has heard that these counters are beyond their soft limits.
 -- Returns JSON {verdicts, soft, unseeded, left_ms}: see budgets.py.
@@ -91,7 +92,8 @@ local function hold(job)
   for _, want in ipairs(job.wants) do
     local c = counters[want.counter]
     local member = whole(want.amount) .. ':' .. job.id
-    if redis.call('ZADD', c.held_key, whole(now + order.hold_ms), member) == 1 then
+    local lapses = whole(now + (job.hold_ms or order.hold_ms))
+    if redis.call('ZADD', c.held_key, 'GT', lapses, member) == 1 then
       c.held = c.held + want.amount
       redis.call('HSET', c.spent_key, 'held', whole(c.held))
       keep(c)

@@ -9,34 +9,37 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
-import hashlib
-import importlib.resources
-import logging
+import itertools
 import random
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any, NamedTuple
 
-import orjson
-
-from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.fleet import Fleet
 from promptfleet_shared.jobs import Outcome, Release, Usage
-from promptfleet_shared.policies.budgets import NANOS, Budget
-from promptfleet_shared.redis_clients import impatient_client
-from promptfleet_shared.redis_failures import REDIS_FAILURES
+from promptfleet_shared.policies.budgets import Budget
 from promptfleet_shared.store import costs as costs_store
 from promptfleet_shared.store.database import AsyncDatabase
+from promptfleet_shared.store.line_reservations import ReservedLine
+from promptfleet_workers.budget_counters import (
+    LINE_HOLD_S,
+    Counter,
+    Counters,
+    End,
+    Hold,
+    Want,
+    job_of,
+    line_id,
+    nanos,
+    unique,
+)
 from promptfleet_workers.budget_notices import BudgetNotices
-from promptfleet_workers.lost_calls import Prices, most_output
+from promptfleet_workers.lost_calls import UNBOUNDED_OUTPUT, Prices, output_bound
+from promptfleet_workers.output_lengths import OutputLengths
 from promptfleet_workers.routing import Candidate
 from promptfleet_workers.telemetry import BudgetRefused, Emit
 from promptfleet_workers.work import Work
 
-log = logging.getLogger(__name__)
-
-HOME = "promptfleet:{budgets}:home"
 TIMEOUT_S = 1.0
 ANNOUNCE_S = 2.0
 """Between two times that a worker says what it holds, so that a server which lost its data knows
@@ -47,10 +50,14 @@ HOLD_S = 60.0
 """A reservation without a word from its worker lapses, and the ledger is asked what it became."""
 RETRY_S = 2.0
 """About when a job comes back that others' reservations, or a server that is away, kept out."""
+MAX_RETRY_S = 30.0
+"""The same for one that they have kept out often: a provider's batch may hold money for hours."""
 MAX_TRIES = 4
 """Looks at the counters until a batch gets its answer: with seeds and used up models between."""
 BYTES_A_TOKEN = 3
 """Of a prompt, when money is reserved for it: rather too much than too little."""
+MARGIN = 1.25
+"""An unbounded answer may be so much longer than the longest that was seen."""
 
 
 class Reason(enum.StrEnum):
@@ -75,31 +82,23 @@ class BudgetRefusal:
     wait_s: float | None
 
 
-class _Counter(NamedTuple):
-    """One budget of one tenant, tier, model …; its place in the configuration and its value."""
+class Bill(NamedTuple):
+    """What is to be paid for, where that is not a call to any candidate of the job's route.
 
-    budget: int
-    value: str
+    Attributes:
+        candidates: Who may be called.
+        usage: Tokens that the call takes at most; None to expect what the job's own call takes.
+        prices: None for the usual ones.
+    """
 
-
-class _Want(NamedTuple):
-    counter: _Counter
-    amount: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Held:
-    """What a claim has reserved, and what its spending is counted on."""
-
-    id: str
-    wants: tuple[_Want, ...]
-    metadata: Mapping[str, str]
+    candidates: Sequence[Candidate]
+    usage: Usage | None = None
+    prices: Prices | None = None
 
 
-class _End(NamedTuple):
-    id: str
-    reserved: tuple[_Want, ...]
-    spent: tuple[_Want, ...]
+_Bills = Mapping[uuid.UUID, Bill]
+_NO_BILLS: _Bills = {}
+_NO_METADATA: Mapping[str, str] = {}
 
 
 class Budgets:
@@ -136,86 +135,138 @@ class Budgets:
             jitter: As `random.uniform`.
         """
         self._budgets: tuple[Budget, ...] = fleet.budgets
-        self._models = {d.name: m for m, model in fleet.models.items() for d in model.deployments}
         self._metadata_keys = sorted({b.metadata_key for b in fleet.budgets if b.metadata_key})
+        self._most = {name: model.max_output_tokens for name, model in fleet.models.items()}
         self._database = database
         self._prices = prices
-        self._notices = notices
         self._emit = emit
         self._announce_s = announce_s
-        self._quiet_ms = round(quiet_s * 1000)
-        self._hold_ms = round(hold_s * 1000)
-        self._timeout_s = timeout_s
         self._jitter = jitter
-        self._held: dict[uuid.UUID, _Held] = {}
-        self._ended: dict[uuid.UUID, _End] = {}
-        self._unsent: list[_End] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._counters = Counters(
+            fleet,
+            url=url,
+            database=database,
+            notices=notices,
+            quiet_s=quiet_s,
+            hold_s=hold_s,
+            timeout_s=timeout_s,
+        )
+        self._lengths = OutputLengths(database, self._counters.models)
+        self._tasks = self._counters.tasks
+        self._held: dict[uuid.UUID, Hold] = {}
+        self._beside: dict[uuid.UUID, list[Hold]] = {}
+        self._numbers = itertools.count()
+        self._ended: dict[uuid.UUID, End] = {}
+        self._unsent: list[End] = []
         self._sending = asyncio.Lock()  # what is announced must not be settled meanwhile
-        self._redis = impatient_client(url, connect_s=timeout_s)
-        files = importlib.resources.files("promptfleet_workers")
-        self._script = self._redis.register_script(files.joinpath("budget.lua").read_text("utf-8"))
         self._closing = asyncio.Event()
 
     # -- before the calls --------------------------------------------------------------------
 
-    async def reserve(self, works: Sequence[Work]) -> dict[uuid.UUID, BudgetRefusal]:
+    async def reserve(
+        self, works: Sequence[Work], bills: _Bills = _NO_BILLS
+    ) -> dict[uuid.UUID, BudgetRefusal]:
         """Reserve money for each job that a budget is for, in one round trip; says who gets none.
 
         A job's candidates whose model's budget is used up leave its route, where others remain.
+
+        Args:
+            works: The jobs.
+            bills: For those of them that are to be lines of a provider's batch; see `Bill`.
         """
+        refusals = await self._reserve_all(works, bills, beside=False)
+        if refusals:
+            self._emit(BudgetRefused.of(r.budget for r in refusals.values()))
+        return refusals
+
+    async def reserve_beside(self, works: Sequence[Work], bills: _Bills) -> set[uuid.UUID]:
+        """Reserve money for calls beside the jobs' own; returns the jobs that get some.
+
+        It is settled with the job, whose `lost` calls they are.
+        """
+        refusals = await self._reserve_all(works, bills, beside=True)
+        return {work.job.id for work in works} - refusals.keys()
+
+    async def _reserve_all(
+        self, works: Sequence[Work], bills: _Bills, *, beside: bool
+    ) -> dict[uuid.UUID, BudgetRefusal]:
+        if not self._lengths.is_known:
+            await self._lengths.read()
         metadata = await self._metadata_of(works)
         refusals: dict[uuid.UUID, BudgetRefusal] = {}
         open_works = list(works)
         for _ in range(MAX_TRIES):
             asked = [
-                (work, wants)
+                (work, Hold(id=self._name_for(work, beside=beside), wants=wants, metadata=known))
                 for work in open_works
-                if (wants := self._wants(work, metadata.get(work.job.id, {})))
+                if (
+                    wants := self._wants(
+                        work,
+                        known := metadata.get(work.job.id, _NO_METADATA),
+                        bills.get(work.job.id) if bills else None,
+                    )
+                )
             ]
-            open_works = await self._reserve(asked, metadata, refusals) if asked else []
+            open_works = await self._reserve(asked, refusals, bills, beside=beside) if asked else []
             if not open_works:
                 break
         for work in open_works:
-            refusals.setdefault(work.job.id, self._later("budgets"))
-        if refusals:
-            self._emit(BudgetRefused.of(r.budget for r in refusals.values()))
+            refusals.setdefault(work.job.id, self._later(work, "budgets"))
         return refusals
+
+    def _name_for(self, work: Work, *, beside: bool) -> str:
+        name = line_id(work.job.id, work.job.fence)
+        return f"{name}:{next(self._numbers)}" if beside else name
 
     async def _reserve(
         self,
-        asked: Sequence[tuple[Work, tuple[_Want, ...]]],
-        metadata: Mapping[uuid.UUID, Mapping[str, str]],
+        asked: Sequence[tuple[Work, Hold]],
         refusals: dict[uuid.UUID, BudgetRefusal],
+        bills: _Bills,
+        *,
+        beside: bool,
     ) -> list[Work]:
         """One look; returns the jobs that are to be asked for again at once."""
-        counters = _unique(want.counter for _, wants in asked for want in wants)
-        jobs = [_job(_claim_id(work), wants, counters) for work, wants in asked]
-        reply = await self._ask("reserve", counters, jobs=jobs)
+        counters = unique(want.counter for _, hold in asked for want in hold.wants)
+        jobs = [job_of(hold.id, hold.wants, counters) for _, hold in asked]
+        reply = await self._counters.ask("reserve", counters, jobs=jobs)
         if reply is None:
-            for work, wants in asked:
-                hard = [w for w in wants if self._budgets[w.counter.budget].hard_usd is not None]
+            for work, hold in asked:
+                hard = [w for w in hold.wants if self._budgets[w.counter.budget].hard_usd]
                 if hard:
-                    refusals[work.job.id] = self._later(self._name(hard[0].counter))
+                    refusals[work.job.id] = self._later(work, self._name(hard[0].counter))
             return []
         again: list[Work] = []
         if reply["unseeded"]:
-            await self._seed([counters[n - 1] for n in reply["unseeded"]])
-        for (work, wants), (verdict, place) in zip(asked, reply["verdicts"], strict=True):
+            await self._counters.seed([counters[n - 1] for n in reply["unseeded"]])
+        for (work, hold), (verdict, place) in zip(asked, reply["verdicts"], strict=True):
             if verdict == "ok":
-                known = metadata.get(work.job.id, {})
-                self._held[work.job.id] = _Held(id=_claim_id(work), wants=wants, metadata=known)
-            elif self._is_to_be_asked_again(work, verdict, counters[place - 1]):
+                self._keep(work, hold, beside=beside)
+            elif verdict == "unseeded":
                 again.append(work)
+            elif verdict == "spent" and not beside and self._leave_out(work, counters[place - 1]):
+                if work.job.id in bills:  # where its line goes is to be chosen anew
+                    refusals[work.job.id] = BudgetRefusal(
+                        budget=self._name(counters[place - 1]), reason=Reason.SPENT, wait_s=0.0
+                    )
+                else:
+                    again.append(work)
             else:
-                refusals[work.job.id] = self._refusal(verdict, counters[place - 1], reply, place)
+                refusals[work.job.id] = self._refusal(
+                    work, verdict, counters[place - 1], reply, place
+                )
         return again
 
-    def _is_to_be_asked_again(self, work: Work, verdict: str, counter: _Counter) -> bool:
-        return verdict == "unseeded" or (verdict == "spent" and self._leave_out(work, counter))
+    def _keep(self, work: Work, hold: Hold, *, beside: bool) -> None:
+        if work.ended:  # given up meanwhile: nobody would settle it
+            self._send(End((hold,), ()))
+        elif beside:
+            self._beside.setdefault(work.job.id, []).append(hold)
+        else:
+            self._held[work.job.id] = hold
 
     def _refusal(
-        self, verdict: str, counter: _Counter, reply: Mapping[str, Any], place: int
+        self, work: Work, verdict: str, counter: Counter, reply: Mapping[str, Any], place: int
     ) -> BudgetRefusal:
         name = self._name(counter)
         if verdict == "spent":
@@ -225,14 +276,16 @@ class Budgets:
         if verdict == "quiet":
             wait_s = reply["quiet_ms"] / 1000 + self._jitter(0.0, 0.1)
             return BudgetRefusal(budget=name, reason=Reason.UNKNOWN, wait_s=wait_s)
-        wait_s = self._jitter(RETRY_S / 2, RETRY_S)
-        return BudgetRefusal(budget=name, reason=Reason.HELD, wait_s=wait_s)
+        return BudgetRefusal(budget=name, reason=Reason.HELD, wait_s=self._retry_s(work))
 
-    def _later(self, budget: str) -> BudgetRefusal:
-        wait_s = self._jitter(RETRY_S / 2, RETRY_S)
-        return BudgetRefusal(budget=budget, reason=Reason.UNKNOWN, wait_s=wait_s)
+    def _later(self, work: Work, budget: str) -> BudgetRefusal:
+        return BudgetRefusal(budget=budget, reason=Reason.UNKNOWN, wait_s=self._retry_s(work))
 
-    def _leave_out(self, work: Work, counter: _Counter) -> bool:
+    def _retry_s(self, work: Work) -> float:
+        most = min(MAX_RETRY_S, RETRY_S * 1.5 ** min(work.job.deferrals, 10))
+        return self._jitter(most / 2, most)
+
+    def _leave_out(self, work: Work, counter: Counter) -> bool:
         """Take a model whose money is spent out of the route; false if that leaves nobody."""
         if self._budgets[counter.budget].by != "model":
             return False
@@ -250,85 +303,141 @@ class Budgets:
             patience_s=15.0,
         )
 
-    def _wants(self, work: Work, metadata: Mapping[str, str]) -> tuple[_Want, ...]:
+    def _wants(
+        self, work: Work, metadata: Mapping[str, str], bill: Bill | None
+    ) -> tuple[Want, ...]:
         """What is to be reserved for a job: the price of its dearest candidate, or of a model."""
         found = []
+        route = work.route if bill is None else bill.candidates
         for place, budget in enumerate(self._budgets):
             if budget.by == "model":
-                for name in _unique(candidate.model for candidate in work.route):
+                for name in unique(candidate.model for candidate in route):
                     if budget.counts(name):
-                        candidates = [c for c in work.route if c.model == name]
-                        amount = self._price(work, candidates, budget)
-                        found.append(_Want(_Counter(place, name), amount))
+                        candidates = [c for c in route if c.model == name]
+                        amount = self._price(work, candidates, budget, bill)
+                        found.append(Want(Counter(place, name), amount))
                 continue
             value = _value_of(budget, work, metadata)
             if value is not None and budget.counts(value):
-                amount = self._price(work, work.route, budget)
-                found.append(_Want(_Counter(place, value), amount))
+                amount = self._price(work, route, budget, bill)
+                found.append(Want(Counter(place, value), amount))
         return tuple(found)
 
-    def _price(self, work: Work, candidates: Sequence[Candidate], budget: Budget) -> int:
+    def _price(
+        self, work: Work, candidates: Sequence[Candidate], budget: Budget, bill: Bill | None
+    ) -> int:
+        prices = self._prices if bill is None or bill.prices is None else bill.prices
+        told = None if bill is None else bill.usage
         prompt = max(work.job.input_tokens, -(-len(work.request) // BYTES_A_TOKEN))
-        usage = Usage(input=prompt, output=most_output(work, budget.reserve_output_tokens))
-        prices = [
-            self._prices.cost(c.deployment.provider, c.model_there, usage, price_as=c.price_as)
-            for c in candidates
+        bound = output_bound(work)
+        most = 0
+        for c in candidates:
+            usage = told
+            if usage is None:
+                output = self._output(c.model, work, budget) if bound is None else bound
+                usage = Usage(input=prompt, output=output)
+            price = prices.cost(c.deployment.provider, c.model_there, usage, price_as=c.price_as)
+            most = max(most, nanos(price))
+        return most
+
+    def _output(self, model: str, work: Work, budget: Budget) -> int:
+        """Tokens of an answer that the job does not bound."""
+        can = self._most.get(model)
+        if budget.reserve == "most":
+            return can or UNBOUNDED_OUTPUT
+        seen = round(self._lengths.longest(model, work.job.tier) * MARGIN)
+        likely = max(seen, budget.reserve_output_tokens)
+        return likely if can is None else min(likely, can)
+
+    # -- lines of providers' batches ---------------------------------------------------------
+
+    def record(self, work: Work) -> Mapping[str, int] | None:
+        """What the job's line is to say that it has reserved; None for nothing."""
+        held = self._held.get(work.job.id)
+        return None if held is None else self._counters.record(held.wants)
+
+    async def hand_over(self, works: Iterable[Work]) -> None:
+        """These are lines now: what they have reserved is nobody's, until they land."""
+        holds = [hold for work in works if (hold := self._held.pop(work.job.id, None))]
+        # Should that fail, they lapse, and what lines have reserved is read in Postgres.
+        await self._counters.announce(holds, hold_s=LINE_HOLD_S)
+
+    def adopt(self, work: Work, reserved: Mapping[str, int] | None) -> None:
+        """The work is a line whose job ends now: what it has reserved is this worker's again."""
+        wants = self._counters.wants_of(reserved or {})
+        metadata = {
+            key: want.counter.value
+            for want in wants
+            if (key := self._budgets[want.counter.budget].metadata_key) is not None
+        }
+        name = line_id(work.job.id, work.job.fence)
+        self._held[work.job.id] = Hold(id=name, wants=wants, metadata=metadata)
+
+    async def free(self, lines: Sequence[ReservedLine]) -> None:
+        """Nobody waits for these lines any more."""
+        ends = [
+            End((Hold(id=line_id(line.job_id, line.fence), wants=wants),), ())
+            for line in lines
+            if (wants := self._counters.wants_of(line.reserved))
         ]
-        return max((_nanos(price) for price in prices), default=0)
+        if ends:
+            await self._counters.settle(ends)
 
     # -- after the calls ---------------------------------------------------------------------
 
     def end(self, work: Work, end: Outcome | Release | None) -> None:
         """A claim has ended and will be written; None for one that somebody else has by now."""
         held = self._held.pop(work.job.id, None)
-        spent = () if end is None else self._spending(work, end, held)
-        reserved = () if held is None else held.wants
-        if spent or reserved:
-            self._ended[work.job.id] = _End(_claim_id(work), reserved, spent)
+        beside = self._beside.pop(work.job.id, None) if self._beside else None
+        holds = () if held is None else (held,)
+        if beside is not None:
+            holds = (*holds, *beside)
+        if isinstance(end, Outcome) and end.usage.output:
+            self._lengths.learn(end.deployment or "", work.job.tier, end.usage.output)
+        metadata = holds[0].metadata if holds else _NO_METADATA
+        spent = () if end is None else self._spending(work, end, metadata)
+        if spent or any(hold.wants for hold in holds):
+            self._ended[work.job.id] = End(holds, spent)
 
     def settle(self, ids: Iterable[uuid.UUID]) -> None:
         """These ends are written: the ledger has what they cost, and the counters may have it."""
-        fresh = [end for end in (self._ended.pop(job_id, None) for job_id in ids) if end]
-        if not fresh:
-            return
+        self._send(*(end for end in (self._ended.pop(job_id, None) for job_id in ids) if end))
+
+    def _send(self, *ends: End) -> None:
         starts = not self._unsent
-        self._unsent += fresh
-        if starts:
-            self._spawn(self._settle())
+        self._unsent += ends
+        if ends and starts:
+            self._counters.spawn(self._settle())
 
     async def _settle(self) -> None:
         async with self._sending:
             ends, self._unsent = self._unsent, []
-            wants = [want for end in ends for want in (*end.reserved, *end.spent)]
-            counters = _unique(want.counter for want in wants)
-            await self._ask("settle", counters, ends=[_settlement(end, counters) for end in ends])
-            # Should that fail, the reservations lapse, and then the ledger is asked.
+            await self._counters.settle(ends)
 
     def _spending(
-        self, work: Work, end: Outcome | Release, held: _Held | None
-    ) -> tuple[_Want, ...]:
+        self, work: Work, end: Outcome | Release, metadata: Mapping[str, str]
+    ) -> tuple[Want, ...]:
         amounts: dict[str, int] = {}
         if end.cost_usd:
-            amounts[end.deployment or ""] = _nanos(end.cost_usd)
+            amounts[end.deployment or ""] = nanos(end.cost_usd)
         for call in end.lost:
             counted = call.cost_usd if call.cost_usd is not None else call.at_most_usd
             usd = counted if counted is not None else call.estimated_usd
-            amounts[call.deployment] = amounts.get(call.deployment, 0) + _nanos(usd)
+            amounts[call.deployment] = amounts.get(call.deployment, 0) + nanos(usd)
         total = sum(amounts.values())
         if not total:
             return ()
-        metadata = {} if held is None else held.metadata
         found = []
         for place, budget in enumerate(self._budgets):
             if budget.by == "model":
                 for deployment, amount in amounts.items():
-                    name = self._models.get(deployment)
+                    name = self._counters.models.get(deployment)
                     if name is not None and amount and budget.counts(name):
-                        found.append(_Want(_Counter(place, name), amount))
+                        found.append(Want(Counter(place, name), amount))
                 continue
             value = _value_of(budget, work, metadata)
             if value is not None and budget.counts(value):
-                found.append(_Want(_Counter(place, value), total))
+                found.append(Want(Counter(place, value), total))
         return tuple(found)
 
     async def run(self) -> None:
@@ -343,86 +452,22 @@ class Budgets:
     async def announce(self) -> None:
         """Say what this worker holds; costs nothing where that is nothing."""
         async with self._sending:
-            held = list(self._held.values()) + [
-                _Held(id=end.id, wants=end.reserved, metadata={})
-                for end in (*self._ended.values(), *self._unsent)
-            ]
-            counters = _unique(want.counter for each in held for want in each.wants)
-            if counters:
-                jobs = [_job(each.id, each.wants, counters) for each in held]
-                await self._ask("announce", counters, jobs=jobs)
+            ends = (*self._ended.values(), *self._unsent)
+            await self._counters.announce(
+                [
+                    *self._held.values(),
+                    *(hold for holds in self._beside.values() for hold in holds),
+                    *(hold for end in ends for hold in end.holds),
+                ]
+            )
 
     async def aclose(self) -> None:
         """Settle what is left, and close the connection."""
         self._closing.set()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._redis.aclose()
+        await self._counters.aclose()
 
-    # -- the server --------------------------------------------------------------------------
-
-    async def _ask(
-        self, act: str, counters: Sequence[_Counter], **parts: object
-    ) -> dict[str, Any] | None:
-        """One round trip; None if the server could not be asked."""
-        budgets = [self._budgets[counter.budget] for counter in counters]
-        order = {
-            "act": act,
-            "quiet_ms": self._quiet_ms,
-            "hold_ms": self._hold_ms,
-            "counters": [_terms(budget) for budget in budgets],
-            **parts,
-        }
-        keys = [HOME]
-        for counter, budget in zip(counters, budgets, strict=True):
-            keys += _keys(budget, counter.value)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                raw = await self._script(keys=keys, args=[orjson.dumps(order)])
-        except REDIS_FAILURES as error:
-            log.warning("budgets_unknown", extra={"act": act, "error": type(error).__name__})
-            return None
-        reply: dict[str, Any] = orjson.loads(raw)
-        for place, spent, start in reply["soft"]:
-            counter, budget = counters[place - 1], budgets[place - 1]
-            self._spawn(self._tell(counter, budget, int(spent), int(start)))
-        return reply
-
-    async def _seed(self, counters: Sequence[_Counter]) -> None:
-        """Tell the server what the ledger knows."""
-        try:
-            known = await self._database.run(
-                lambda connection: [
-                    costs_store.spent_in_period(
-                        connection,
-                        by=self._budgets[counter.budget].by,
-                        value=counter.value,
-                        period=self._budgets[counter.budget].period,
-                        deployments=[d for d, m in self._models.items() if m == counter.value],
-                    )
-                    for counter in counters
-                ]
-            )
-        except (StoreRefusedError, StoreUnavailableError) as error:
-            log.warning("budgets_not_seeded", extra={"error": str(error)})
-            return
-        seeds = [
-            {"counter": n, "period": period, "spent": _nanos(usd)}
-            for n, (period, usd) in enumerate(known, 1)
-        ]
-        await self._ask("seed", counters, seeds=seeds)
-
-    async def _tell(self, counter: _Counter, budget: Budget, spent: int, start: int) -> None:
-        if await self._notices.tell(budget, counter.value, spent, start):
-            await self._ask("told", [counter])
-
-    def _name(self, counter: _Counter) -> str:
-        return self._budgets[counter.budget].name
-
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _name(self, counter: Counter) -> str:
+        return self._counters.name(counter)
 
 
 def _value_of(budget: Budget, work: Work, metadata: Mapping[str, str]) -> str | None:
@@ -436,48 +481,3 @@ def _value_of(budget: Budget, work: Work, metadata: Mapping[str, str]) -> str | 
             return work.job.tier
         case _:
             return metadata.get(budget.metadata_key or "")
-
-
-def _claim_id(work: Work) -> str:
-    return f"{work.job.id.hex}:{work.job.fence}"
-
-
-def _nanos(usd: Decimal | None) -> int:
-    return 0 if usd is None else -int(-usd * NANOS // 1)  # rounded up
-
-
-def _unique(items: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(items))
-
-
-def _terms(budget: Budget) -> dict[str, object]:
-    terms: dict[str, object] = {"period": budget.period.value}
-    if budget.hard_nanos is not None:
-        terms["hard"] = budget.hard_nanos
-    if budget.soft_nanos is not None:
-        terms["soft"] = budget.soft_nanos
-    return terms
-
-
-def _keys(budget: Budget, value: str) -> list[str]:
-    """Values are a caller's own words: only their digest is shown."""
-    digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    which = f"{budget.name}:{budget.period.value}:{digest}"
-    return [f"promptfleet:{{budgets}}:spent:{which}", f"promptfleet:{{budgets}}:held:{which}"]
-
-
-def _parts(wants: Iterable[_Want], counters: Sequence[_Counter]) -> list[dict[str, int]]:
-    places = {counter: n for n, counter in enumerate(counters, 1)}
-    return [{"counter": places[want.counter], "amount": want.amount} for want in wants]
-
-
-def _job(claim_id: str, wants: Iterable[_Want], counters: Sequence[_Counter]) -> dict[str, Any]:
-    return {"id": claim_id, "wants": _parts(wants, counters)}
-
-
-def _settlement(end: _End, counters: Sequence[_Counter]) -> dict[str, Any]:
-    return {
-        "id": end.id,
-        "reserved": _parts(end.reserved, counters),
-        "spent": _parts(end.spent, counters),
-    }

@@ -20,7 +20,8 @@ from promptfleet_workers.alarms import Alarms, this_task
 from promptfleet_workers.balancing.balancer import Balancer
 from promptfleet_workers.breaker import Refusal
 from promptfleet_workers.breakers import Breakers
-from promptfleet_workers.budgets import BudgetRefusal, Budgets, Reason
+from promptfleet_workers.budget_refusals import refuse
+from promptfleet_workers.budgets import Budgets
 from promptfleet_workers.claims import Abort, Claims
 from promptfleet_workers.endings import UNKNOWN_OUTCOME, Endings
 from promptfleet_workers.providers.protocol import Answer, Call, Completion, Received
@@ -168,10 +169,10 @@ class Caller:
             self._slots.release()
             return
         task = self._alarms.loop.create_task(self._run(live))
+        self._tasks.add(task)
         # Not a `finally` within: a task that is cancelled before its first step runs none of it.
-        task.add_done_callback(lambda _: self._ended(live))
+        task.add_done_callback(lambda task: self._ended(task, live))
         self._claims.work(task, [work.job for work in live])
-        self._keep(task)
 
     def give_back_idle(self, works: Sequence[Work]) -> None:
         """Queue those again that have not ended, and that nobody is at."""
@@ -197,7 +198,7 @@ class Caller:
         refusals = await self.budgets.reserve(works)
         for work in works if refusals else ():
             if (refusal := refusals.get(work.job.id)) is not None:
-                self._refuse(work, refusal)
+                refuse(self._endings, work, refusal)
         return [work for work in works if not work.ended]
 
     async def _start_if_afforded(self, work: Work) -> None:
@@ -208,18 +209,6 @@ class Caller:
             return
         if works:
             await self.start(works)
-
-    def _refuse(self, work: Work, refusal: BudgetRefusal) -> None:
-        """A budget has no money for the job: later it may."""
-        work.note("budget", name=refusal.budget, reason=refusal.reason.value)
-        wait_s = refusal.wait_s
-        if wait_s is None or (refusal.reason is Reason.SPENT and wait_s >= work.remaining_s):
-            message = f"the budget {refusal.budget!r} is spent until after the job's deadline"
-            self._endings.fail(work, JobError(code="budget_exceeded", message=message))
-        else:
-            message = f"the budget {refusal.budget!r} has no money for the job now"
-            error = JobError(code=f"budget_{refusal.reason.value}", message=message)
-            self._endings.give_back(work, wait_s, counts=False, error=error)
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
@@ -257,7 +246,8 @@ class Caller:
                     message = f"a bug in the worker or its provider ({name})"
                     self._endings.fail(work, JobError(code="internal", message=message))
 
-    def _ended(self, works: list[Work]) -> None:
+    def _ended(self, task: asyncio.Task[None], works: list[Work]) -> None:
+        self._tasks.discard(task)
         self._slots.release()
         self._claims.rest([work.job for work in works])
         for work in works:
@@ -315,9 +305,10 @@ class Caller:
 
     def _need_clearance(self, works: list[Work]) -> bool:
         """True if the database must be asked before these jobs are called (once more)."""
-        return not self._claims.is_fresh(works[0].asked_at) or any(
-            work.calls or work.job.on_unknown is OnUnknown.FAIL for work in works
-        )
+        for work in works:
+            if work.calls or work.job.on_unknown is OnUnknown.FAIL:
+                return True
+        return not self._claims.is_fresh(works[0].asked_at)
 
     async def _cleared(self, works: list[Work]) -> list[Work]:
         """Those that are still ours to call; what their calls may cost is written down."""
@@ -341,7 +332,7 @@ class Caller:
     async def _ask(self, candidate: Candidate, works: list[Work]) -> Sequence[Answer]:
         """One request to one deployment, if its breaker gives leave."""
         first = works[0]
-        left_s = min(work.remaining_s for work in works)
+        left_s = first.remaining_s if len(works) == 1 else min(work.remaining_s for work in works)
         if left_s <= 0:
             return _for_all(works, ProviderError("no time was left for a call", code="timeout"))
         retry = first.all_calls > 0 or first.job.attempt > 1
@@ -388,7 +379,7 @@ class Caller:
             elif judgement.otherwise is Verdict.DEFER and work.calls:
                 work.calls -= 1  # refused before any work was done: no money, and no try
             if judgement.stops_key:
-                self._breakers.stop(candidate.deployment.name, KEY_STOP_S)
+                self._breakers.stop(candidate.deployment.name, KEY_STOP_S, alone=judgement.alone)
             elif health is None and speaks_of_health(judgement):
                 health = False
         return health

@@ -104,7 +104,11 @@ class Endings:
         self._owes_callbacks = False
         self._emit = emit
         self._finisher = Finisher(
-            database, patience_s=patience_s, on_written=self._written, on_released=self._released
+            database,
+            patience_s=patience_s,
+            on_written=self._written,
+            on_released=self._released,
+            ring=ring,
         )
         self._tickets: dict[uuid.UUID, Ticket] = {}
         self._leaders: dict[str, Work] = {}
@@ -230,6 +234,7 @@ class Endings:
         counts: bool,
         error: JobError | None = None,
         tier: str | None = None,
+        waits_turn: bool = False,
     ) -> None:
         """The job is queued again, to run in `delay_s`; `counts` if that burns an attempt.
 
@@ -239,6 +244,7 @@ class Endings:
             counts: False where the attempt was not the job's fault.
             error: Why it did not succeed, if it failed.
             tier: Another tier that is to go on with it.
+            waits_turn: True if the end of an earlier turn of its conversation is to wake it.
         """
         if work.triage_of is not None and error is not None:
             self.choose_tier(work, None)
@@ -256,6 +262,7 @@ class Endings:
                 tier=tier,
                 decision=work.decision,
                 lost=work.lost,
+                waits_turn=waits_turn,
             ),
         )
         self._promote_follower(work)
@@ -511,10 +518,13 @@ class Endings:
 
     def _released(self, releases: Sequence[Release], doorbells: Sequence[Doorbell]) -> None:
         delays = {release.job_id: release.delay_s for release in releases}
+        called = {release.job_id for release in releases if release.waits_turn}
         loop = asyncio.get_running_loop()
         for bell in doorbells:
-            # Should this worker die before, the sweeper rings at the same time.
-            loop.call_later(delays[bell.job_id], self._ring, [bell])
+            # Should this worker die before, the sweeper rings at the same time. What an earlier
+            # turn's end is to wake, the sweeper alone rings for: it knows who has been woken.
+            if bell.job_id not in called:
+                loop.call_later(delays[bell.job_id], self._ring, [bell])
         self._emit(JobsReleased.of(releases, fenced=len(releases) - len(doorbells)))
         self._forget(list(delays))
 
@@ -573,4 +583,5 @@ def _outcome(
         saved_usd=work.saved_usd,
         turn=work.turn.answered(completion) if work.turn and completion else None,
         lost=work.lost,
+        in_conversation="memory_id" in work.job.policy,
     )

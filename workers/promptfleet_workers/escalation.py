@@ -61,13 +61,13 @@ class Escalation:
     def judge(self, work: Work, completion: Completion) -> Failing | None:
         """What is wrong with the answer; None if nothing is.
 
-        A stream is never judged: who reads along has its text already. A job that names its model
-        gets that model's answer.
+        A stream is judged at its end: the next tier's answer is a new take, as a retry's is, and
+        takes the place of what readers have. A job that names its model gets that model's answer.
         """
         job = work.job
         own = job.policy.get(OPTION)
         checks = self._of_tier.get(job.tier) if own is None else self._own(own)
-        if checks is None or job.stream or job.kind is JobKind.EMBEDDING:
+        if checks is None or job.kind is JobKind.EMBEDDING:
             return None
         failed = self._checks.failed(checks, job.request, completion)
         if failed is None:

@@ -10,9 +10,8 @@ from typing import Any
 
 from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.jobs import Doorbell, JobError, JobState, Outcome, Release
-from promptfleet_shared.store import claims as claims_store
-from promptfleet_shared.store import finishing as finishing_store
 from promptfleet_shared.store.database import AsyncDatabase
+from promptfleet_shared.store.turns import finish_turns, release_turns
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +37,7 @@ class Finisher:
         patience_s: float,
         on_written: Callable[[Sequence[Outcome], set[uuid.UUID]], None],
         on_released: Callable[[Sequence[Release], Sequence[Doorbell]], None],
+        ring: Callable[[Sequence[Doorbell]], None],
     ) -> None:
         """Write nothing yet.
 
@@ -47,11 +47,13 @@ class Finisher:
                 have the job.
             on_written: Told the outcomes and which of them the fence let through.
             on_released: Told the releases and the doorbells of those that the fence let through.
+            ring: Rings for jobs whose turn has come by what was written.
         """
         self._database = database
         self._patience_s = patience_s
         self._on_written = on_written
         self._on_released = on_released
+        self._ring = ring
         self._outcomes: list[Outcome] = []
         self._releases: list[Release] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -106,9 +108,10 @@ class Finisher:
 
     async def _write(self, outcomes: list[Outcome]) -> None:
         written: set[uuid.UUID] = set()
+        called: list[Doorbell] = []
         try:
-            written = await self._database.insist(
-                lambda connection: finishing_store.finish(connection, outcomes),
+            written, called = await self._database.insist(
+                lambda connection: finish_turns(connection, outcomes),
                 patience_s=self._patience_s,
             )
         except (StoreRefusedError, TypeError, ValueError) as error:  # the latter: not UTF-8
@@ -125,17 +128,22 @@ class Finisher:
         except StoreUnavailableError:
             log.error("results_not_written", extra={"jobs": len(outcomes)})  # noqa: TRY400 - as above
         self._on_written(outcomes, written)
+        if called:
+            self._ring(called)
 
     async def _release(self, releases: list[Release]) -> None:
         doorbells: list[Doorbell] = []
+        called: list[Doorbell] = []
         try:
-            doorbells = await self._database.insist(
-                lambda connection: claims_store.release(connection, releases),
+            doorbells, called = await self._database.insist(
+                lambda connection: release_turns(connection, releases),
                 patience_s=self._patience_s,
             )
         except (StoreRefusedError, StoreUnavailableError) as error:
             log.error("claims_not_released", extra={"jobs": len(releases), "error": str(error)})  # noqa: TRY400 - as above
         self._on_released(releases, doorbells)
+        if called:  # not before: a job that is still held here would take its bell for a twin's
+            self._ring(called)
 
 
 def _is_about_data(error: StoreRefusedError | TypeError | ValueError) -> bool:

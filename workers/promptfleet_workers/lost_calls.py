@@ -71,10 +71,16 @@ def most_usage(work: Work) -> Usage:
 
 def most_output(work: Work, otherwise: int) -> int:
     """The tokens that the answer may have: what the request says, else `otherwise`."""
+    bound = output_bound(work)
+    return otherwise if bound is None else bound
+
+
+def output_bound(work: Work) -> int | None:
+    """The tokens that the answer may have by its request; None where that sets no bound."""
     if work.job.kind is JobKind.EMBEDDING:
         return 0
     found = _MAX_TOKENS.search(work.request)
-    return int(found[1]) if found else otherwise
+    return int(found[1]) if found else None
 
 
 def _usage_so_far(work: Work, received: Received, share: int) -> Usage:

@@ -38,6 +38,8 @@ LIMIT_REACHED = "limit_reached"
 """The code of a call that was not made because a limit of our own has no room for it yet."""
 QUOTA_REACHED = "quota_reached"
 """The same for what the deployment allows: another one of the model may have room."""
+DAY_IS_OVER = "daily_quota_exceeded"
+"""The code of a refusal that names the quota of a day, of this model only."""
 KEY_STOP_S = 300.0
 """How long a deployment whose key is used up is left alone; then one call looks again."""
 
@@ -51,6 +53,7 @@ class Judgement:
         kind: What kind of failure it was.
         stops_key: True if every other call with the same key would fail alike: its deployment is
             to be left alone for `KEY_STOP_S`, and somebody has to be told.
+        alone: True if that is so for this deployment only, whatever others have the same key.
         retry_after_s: Seconds that the provider told us to wait, if it did.
     """
 
@@ -58,6 +61,7 @@ class Judgement:
     otherwise: Verdict
     kind: FailureKind
     stops_key: bool = False
+    alone: bool = False
     retry_after_s: float | None = None
 
 
@@ -71,6 +75,7 @@ _RATE_LIMIT = _rule(FailureKind.RATE_LIMIT, Verdict.DEFER, Verdict.DEFER)
 _OVERLOAD = _rule(FailureKind.OVERLOAD, Verdict.DEFER, Verdict.DEFER)
 # A job whose only key is used up waits until its deadline: somebody may pay the bill before.
 _QUOTA = _rule(FailureKind.QUOTA, Verdict.NEXT, Verdict.DEFER, stops_key=True)
+_DAY_OVER = dataclasses.replace(_QUOTA, alone=True)
 _TRANSPORT = _rule(FailureKind.TRANSPORT, Verdict.NEXT, Verdict.RETRY)
 _NOT_HERE = _rule(FailureKind.PERMANENT, Verdict.NEXT, Verdict.FINAL)
 _NOWHERE = _rule(FailureKind.PERMANENT, Verdict.FINAL, Verdict.FINAL)
@@ -133,6 +138,10 @@ _BY_CODE = _table(
             "payment_required",
             "arrearage",
         ),
+    ),
+    (
+        _DAY_OVER,
+        (DAY_IS_OVER,),  # ours
     ),
     (
         _TRANSPORT,

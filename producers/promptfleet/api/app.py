@@ -9,7 +9,17 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, FastAPI
 from fastapi_offline import FastAPIOffline
 
-from promptfleet.api import admin, conversations, errors, health, jobs, openapi, results, streams
+from promptfleet.api import (
+    admin,
+    conversations,
+    costs,
+    errors,
+    health,
+    jobs,
+    openapi,
+    results,
+    streams,
+)
 from promptfleet.api.auth import Authenticator
 from promptfleet.api.batch_runner import BatchRunner
 from promptfleet.api.edge import Edge
@@ -31,6 +41,7 @@ _ROUTERS: tuple[APIRouter, ...] = (
     streams.router,
     results.router,
     conversations.router,
+    costs.router,
     health.router,
     admin.router,
     completing.router,

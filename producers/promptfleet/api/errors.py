@@ -40,7 +40,7 @@ INVALID = "invalid_request_error"
 OURS = "server_error"
 LIMITED = "rate_limit_error"
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
-_OWN_PATHS = ("/v1/jobs", "/v1/results", "/v1/admin")
+_OWN_PATHS = ("/v1/jobs", "/v1/results", "/v1/conversations", "/v1/costs", "/v1/admin")
 _CLIENT_GONE = 499
 _UNPROCESSABLE, _BAD_REQUEST = 422, 400
 

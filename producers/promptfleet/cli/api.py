@@ -17,6 +17,9 @@ APP = "promptfleet.api.app:create_app"
 PORT = 8000
 KEEP_ALIVE_S = 75
 """Seconds that an idle connection is kept: longer than the proxies in front keep theirs."""
+WORKER_PATIENCE_S = 30
+"""A worker process that does not answer for so long is replaced; on a busy machine, starting one
+takes longer than the five seconds that are usual."""
 BACKLOG = 2_048
 
 
@@ -65,6 +68,7 @@ def api(
         log_config=log_config(settings.log_format, log_level),
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_worker_healthcheck=WORKER_PATIENCE_S,
         timeout_graceful_shutdown=max(1, round(settings.api_drain_s)),
     )
 

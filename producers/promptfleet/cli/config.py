@@ -11,6 +11,7 @@ import typer
 from promptfleet.cli.environment import DEFAULT_DATA_DIR, DataDir, find_settings, without_password
 from promptfleet.cli.exits import ExitCode
 from promptfleet.cli.terminal import Commands, JsonFlag, note, out, print_json, print_text
+from promptfleet.unpriced import unpriced
 from promptfleet_shared.errors import ConfigurationError
 from promptfleet_shared.fleet import Fleet, load_fleet
 
@@ -34,7 +35,7 @@ def check(
         fleet = load_fleet(checked)
     except ConfigurationError as error:
         mistakes = error.message.splitlines()
-    warnings = [] if mistakes else _missing_keys(fleet)
+    warnings = [] if mistakes else [*_missing_keys(fleet), *_missing_prices(fleet)]
     if as_json:
         found = [_as_record(mistake) for mistake in mistakes]
         print_json({"path": checked, "mistakes": found, "warnings": warnings})
@@ -93,6 +94,10 @@ def _missing_keys(fleet: Fleet) -> list[str]:
         for deployment in model.deployments
         if deployment.api_key_env and deployment.secret() is None
     ]
+
+
+def _missing_prices(fleet: Fleet) -> list[str]:
+    return [f"{found.text}: {found.advice}" for found in unpriced(fleet)]
 
 
 def _summary(fleet: Fleet) -> str:

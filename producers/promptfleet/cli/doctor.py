@@ -24,6 +24,7 @@ from promptfleet.cli.environment import (
 from promptfleet.cli.exits import ExitCode
 from promptfleet.cli.reports import store_connection
 from promptfleet.cli.terminal import JsonFlag, out, print_json
+from promptfleet.unpriced import unpriced
 from promptfleet_shared.errors import BrokerUnavailableError, ConfigurationError, PromptFleetError
 from promptfleet_shared.fleet import Deployment, Fleet, Model, load_fleet
 from promptfleet_shared.settings import Settings
@@ -78,6 +79,7 @@ def examine(settings: Settings, *, flower: str) -> Iterator[Finding]:
         fleet = Fleet()
     else:
         yield _config(settings, fleet)
+        yield from _budgets(fleet)
     yield from _database(settings)
     yield from _broker(settings)
     yield from _workers(settings, fleet)
@@ -94,6 +96,15 @@ def _config(settings: Settings, fleet: Fleet) -> Finding:
             "workers need one: set PROMPTFLEET_CONFIG or write ./fleet.toml",
         )
     return _ok("fleet.toml", f"{settings.config_path}: {', '.join(fleet.tier_names)}")
+
+
+def _budgets(fleet: Fleet) -> Iterator[Finding]:
+    """Nothing where there are none."""
+    gaps = unpriced(fleet)
+    for gap in gaps:
+        yield _warn("budgets", gap.text, gap.advice)
+    if fleet.budgets and not gaps:
+        yield _ok("budgets", ", ".join(budget.name for budget in fleet.budgets))
 
 
 def _database(settings: Settings) -> Iterator[Finding]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +22,7 @@ from promptfleet.cli.terminal import (
     print_text,
     table,
 )
+from promptfleet.cost_report import seconds_of
 from promptfleet_shared.errors import InvalidRequestError
 from promptfleet_shared.settings import Settings
 
@@ -35,8 +35,6 @@ Tenant = Annotated[
     str | None, typer.Option("--tenant", help="Whose keys; by default PROMPTFLEET_TENANT.")
 ]
 Prefix = Annotated[str, typer.Argument(help="What the key begins with, with or without pf_.")]
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
-_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 @app.command()
@@ -129,11 +127,11 @@ def seconds(text: str, *, field: str) -> float:
     Raises:
         InvalidRequestError: It is none of these.
     """
-    parsed = _DURATION.fullmatch(text.strip())
+    parsed = seconds_of(text)
     if parsed is None:
         msg = f"--{field}: must be like 90s, 15m, 24h, 30d or 2w, not {text!r}"
         raise InvalidRequestError(msg, field=field)
-    return float(parsed[1]) * _SECONDS[parsed[2]]
+    return parsed
 
 
 @contextlib.contextmanager

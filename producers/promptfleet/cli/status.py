@@ -33,12 +33,14 @@ class Snapshot:
 
     Attributes:
         doorbells: Messages in each tier's queue; None while the broker can't be reached.
+        parked: Jobs of all tenants that wait for their turn before each tier's queue; the same.
         states: Jobs that are not final: tier → state → how many.
         finished: What finished within the last `span_s` seconds.
     """
 
     tiers: tuple[str, ...]
     doorbells: Mapping[str, int] | None
+    parked: Mapping[str, int] | None
     states: Mapping[str, Mapping[str, int]]
     overdue: int
     finished: tuple[TierSummary, ...]
@@ -88,9 +90,11 @@ def look(settings: Settings, *, span_s: float) -> Snapshot:
         overdue = overdue_jobs(connection)
     tiers = load_fleet(settings.config_path).tier_names
     others = sorted((states.keys() | {row.tier for row in finished}) - set(tiers))
+    doorbells, parked = _waiting(settings, tiers)
     return Snapshot(
         tiers=(*tiers, *others),
-        doorbells=_doorbells(settings, tiers),
+        doorbells=doorbells,
+        parked=parked,
         states=states,
         overdue=overdue,
         finished=tuple(finished),
@@ -100,14 +104,14 @@ def look(settings: Settings, *, span_s: float) -> Snapshot:
 
 def render(snapshot: Snapshot) -> Group:
     """The snapshot as tables."""
-    now = table("tier", "doorbells", *_OPEN, "per s", title="now")
+    now = table("tier", "doorbells", "parked", *_OPEN, "per s", title="now")
     finished = {summary.tier: summary for summary in snapshot.finished}
     for tier in snapshot.tiers:
-        bells = "?" if snapshot.doorbells is None else str(snapshot.doorbells.get(tier, 0))
+        waiting = (_count(counts, tier) for counts in (snapshot.doorbells, snapshot.parked))
         counts = snapshot.states.get(tier, {})
         done = finished[tier].jobs if tier in finished else 0
         states = [f"{counts.get(state, 0):,}" for state in _OPEN]
-        now.add_row(tier, bells, *states, f"{done / snapshot.span_s:.2f}")
+        now.add_row(tier, *waiting, *states, f"{done / snapshot.span_s:.2f}")
     parts: list[Any] = [now, Text()]
     if snapshot.finished:
         title = f"finished in the last {snapshot.span_s / 60:g} min"
@@ -131,6 +135,7 @@ def as_record(snapshot: Snapshot) -> dict[str, Any]:
         done = finished.get(tier)
         tiers[tier] = {
             "doorbells": None if snapshot.doorbells is None else snapshot.doorbells.get(tier, 0),
+            "parked": None if snapshot.parked is None else snapshot.parked.get(tier, 0),
             "open": {str(state): counts.get(state, 0) for state in _OPEN},
             "per_s": round(done.jobs / snapshot.span_s, 3) if done else 0.0,
             "finished": summary_record(done) if done else None,
@@ -138,11 +143,18 @@ def as_record(snapshot: Snapshot) -> dict[str, Any]:
     return {"tiers": tiers, "overdue": snapshot.overdue, "span_s": snapshot.span_s}
 
 
-def _doorbells(settings: Settings, tiers: tuple[str, ...]) -> Mapping[str, int] | None:
+def _count(counts: Mapping[str, int] | None, tier: str) -> str:
+    return "?" if counts is None else f"{counts.get(tier, 0):,}"
+
+
+def _waiting(
+    settings: Settings, tiers: tuple[str, ...]
+) -> tuple[Mapping[str, int] | None, Mapping[str, int] | None]:
+    """Doorbells in the queues and jobs parked before them; None and None without a broker."""
     from promptfleet.broker import Broker  # noqa: PLC0415  # slow
 
     try:
         with Broker(settings.broker_url.get_secret_value(), tiers) as broker:
-            return broker.doorbells()
+            return broker.doorbells(), broker.parked()
     except BrokerUnavailableError:
-        return None
+        return None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -67,8 +67,10 @@ class Budget(Section):
         hard_usd: US dollars that are not exceeded: jobs wait for the next period, or fail.
         soft_usd: US dollars at which somebody is told, once a period.
         on_soft: Where a signed callback is posted then.
-        reserve_output_tokens: Tokens of output that a job reserves money for where it sets no
-            `max_tokens`.
+        reserve: What a job without `max_tokens` reserves money for: "learned", a quarter more than
+            the longest of the latest answers of its model and tier; or "most", all that the model
+            can write: its `max_output_tokens`, or 16,384 where that is not set.
+        reserve_output_tokens: Tokens of output that are reserved at least where it is learned.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -78,6 +80,7 @@ class Budget(Section):
     hard_usd: Dollars | None = None
     soft_usd: Dollars | None = None
     on_soft: str | None = None
+    reserve: Literal["learned", "most"] = "learned"
     reserve_output_tokens: Count = 1000
 
     @model_validator(mode="after")

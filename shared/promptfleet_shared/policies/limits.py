@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Collection
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -93,8 +94,9 @@ class DeploymentLimits(Rates):
     """What a provider allows; the fleet stays below it.
 
     Attributes:
-        account: Deployments that name the same account share their limits; give them the same
-            numbers. By default each deployment has its own.
+        account: Deployments that name the same account share these limits; give them the same
+            numbers. By default each deployment has its own. What belongs to an API key, besides
+            what each of its deployments has, is a rule per "api_key".
         adaptive: True to find out by itself how many calls the deployment bears at once, up to
             `max_concurrency`: one more while all goes well, fewer after an overload.
         learn: False to ignore the limits that the provider's responses tell of. What they tell
@@ -107,15 +109,15 @@ class DeploymentLimits(Rates):
 
 
 class LimitRule(Rates):
-    """A limit of our own, for every tenant, tier, key, or for the whole fleet.
+    """A limit that many deployments or jobs share: a provider's for a key, or one of our own.
 
     Attributes:
-        per: What has the limit: each "tenant", each "tier", each "limit_key" (an option of the
-            job), or the "fleet".
+        per: What has the limit: each "api_key" (by the `api_key_env` of its deployments), each
+            "tenant", each "tier", each "limit_key" (an option of the job), or the "fleet".
         only: The values that this rule is for; it takes the place of rules for all values.
     """
 
-    per: Literal["fleet", "tier", "tenant", "limit_key"]
+    per: Literal["api_key", "fleet", "tier", "tenant", "limit_key"]
     only: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -137,9 +139,26 @@ class LimitsSection(Section):
             longer ones in the database.
         headroom: The share of a minute's limit that is left unused, because calls do not arrive
             as evenly as they are sent, 0 to 0.5.
-        rules: Limits of our own.
+        rules: Limits of API keys, and limits of our own.
     """
 
     wait_ms: Milliseconds = 1000.0
     headroom: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     rules: tuple[LimitRule, ...] = ()
+
+    def mistake(self, api_keys: Collection[str]) -> str | None:
+        """What is wrong with the rules, if anything.
+
+        Args:
+            api_keys: The environment variables that deployments take their keys from.
+        """
+        for rule in self.rules:
+            if rule.per != "api_key":
+                continue
+            if not api_keys:
+                return "limits.rules: a rule per api_key needs a deployment with api_key_env"
+            for name in rule.only:
+                if name not in api_keys:
+                    known = ", ".join(sorted(api_keys))
+                    return f"limits.rules: no deployment has api_key_env {name!r}, only {known}"
+        return None

@@ -45,7 +45,7 @@ WITH input AS (
            ON c.tenant = free.tenant AND c.memory_id = free.memory_id
      WHERE c.holder IS NOT DISTINCT FROM free.holder
        AND c.holder_fence IS NOT DISTINCT FROM free.holder_fence
-     ORDER BY c.tenant, c.memory_id FOR UPDATE OF c SKIP LOCKED
+     ORDER BY c.tenant, c.memory_id FOR NO KEY UPDATE OF c SKIP LOCKED
 ), taken AS (
     UPDATE conversations c SET holder = job_id, holder_fence = job_fence
       FROM locked JOIN free ON locked.tenant = free.tenant AND locked.memory_id = free.memory_id

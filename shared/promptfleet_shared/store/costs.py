@@ -26,6 +26,9 @@ _KEYS = {
     "metadata": "metadata ->> :key",
 }
 
+_SAVIOURS = 4
+"""What a key's savings are told apart by: three states of the cache, and "other"."""
+
 _COSTS = """
 SELECT {ledger_key} AS key, sum(calls)::bigint AS calls,
        sum(unknown_calls)::bigint AS unknown_calls,
@@ -37,6 +40,7 @@ SELECT {ledger_key} AS key, sum(calls)::bigint AS calls,
                              AND unknown_calls = 0))::bigint AS unpriced_calls
   FROM ledger
  WHERE at >= :since AND at < :until AND (tenant = :tenant OR :all_tenants) GROUP BY 1
+ LIMIT CAST(:most_keys AS bigint)
 """
 _SAVED = """
 SELECT {results_key} AS key, CASE WHEN cache IN ('off', 'miss') THEN 'other' ELSE cache END AS by,
@@ -44,6 +48,7 @@ SELECT {results_key} AS key, CASE WHEN cache IN ('off', 'miss') THEN 'other' ELS
   FROM results
  WHERE finished_at >= :since AND finished_at < :until AND (tenant = :tenant OR :all_tenants)
    AND (saved_usd IS NOT NULL OR cache NOT IN ('off', 'miss')) GROUP BY 1, 2
+ LIMIT CAST(:most_savings AS bigint)
 """
 
 _OUTPUTS = sa.text("""
@@ -90,6 +95,13 @@ _WHOSE = {
 _METADATA = sa.text("""
 SELECT id, k, metadata ->> k FROM jobs CROSS JOIN unnest(CAST(:keys AS text[])) AS k
  WHERE id = ANY(CAST(:ids AS uuid[])) AND metadata ->> k IS NOT NULL
+""")
+
+# The newest rows, by the primary key: the ledger may be long.
+_LONGEST = sa.text("""
+SELECT deployment, tier, max(output_tokens) AS tokens
+  FROM (SELECT deployment, tier, output_tokens FROM ledger ORDER BY id DESC LIMIT :limit) AS latest
+ WHERE deployment IS NOT NULL AND output_tokens > 0 GROUP BY deployment, tier
 """)
 
 _TELL = sa.text("""
@@ -144,7 +156,8 @@ def check_key(by: str) -> str:
     Raises:
         InvalidRequestError: There is no such thing.
     """
-    if by in COLUMNS or (by.startswith(METADATA) and len(by) > len(METADATA)):
+    named = by.startswith(METADATA) and len(by) > len(METADATA) and "\0" not in by
+    if by in COLUMNS or named:
         return by
     msg = f"by: must be one of {', '.join(COLUMNS)} or metadata.KEY, not {by[:64]!r}"
     raise InvalidRequestError(msg, field="by")
@@ -157,6 +170,7 @@ def costs(
     since: dt.datetime,
     until: dt.datetime,
     tenant: str | None,
+    most: int | None = None,
 ) -> list[CostRow]:
     """What was spent from `since` until before `until`, the dearest first.
 
@@ -166,12 +180,15 @@ def costs(
         since: The first instant.
         until: The first instant that is left out.
         tenant: None for all tenants, as far as the connection sees them.
+        most: Rows that the caller has room for; None for any number.
 
     Raises:
-        InvalidRequestError: See `check_key`.
+        InvalidRequestError: See `check_key`; or there would be more rows.
     """
     check_key(by)
     parameters: dict[str, Any] = {
+        "most_keys": None if most is None else most + 1,
+        "most_savings": None if most is None else most * _SAVIOURS + 1,
         "since": since,
         "until": until,
         "tenant": tenant or "",
@@ -190,6 +207,9 @@ def costs(
             saved_usd={**known.saved_usd, **saving},
             saved_jobs={**known.saved_jobs, row.by: row.jobs},
         )
+    if most is not None and len(rows) > most:
+        msg = f"by: {by} has more than {most:,} values in that time; ask for a shorter one"
+        raise InvalidRequestError(msg, field="by")
     if by == "day":
         return sorted(rows.values(), key=lambda row: row.key or "")
     return sorted(rows.values(), key=_spent, reverse=True)
@@ -259,6 +279,14 @@ def spent_in_period(
     statement = _SPENT.format(whose=_WHOSE[kind], began=_BEGAN[period])
     row = connection.execute(sa.text(statement), parameters).one()
     return row.period, row.usd
+
+
+def longest_outputs(
+    connection: sa.Connection, *, limit: int = 20_000
+) -> dict[tuple[str, str], int]:
+    """Tokens of the longest answers of each deployment and tier, of the latest `limit` calls."""
+    rows = connection.execute(_LONGEST, {"limit": limit})
+    return {(row.deployment, row.tier): row.tokens for row in rows}
 
 
 def metadata_values(

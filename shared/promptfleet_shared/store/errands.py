@@ -10,7 +10,8 @@ import sqlalchemy as sa
 from promptfleet_shared.jobs import JobState
 
 _FIND = sa.text("""
-SELECT jobs.tenant, idempotency_key, results.state, results.text, results.response::text
+SELECT jobs.tenant, idempotency_key, results.state, results.text, results.response::text,
+       last_error ->> 'code'
   FROM unnest(CAST(:tenants AS text[]), CAST(:keys AS text[])) AS wanted (whose, key)
   JOIN jobs ON jobs.tenant = whose AND idempotency_key = key
   LEFT JOIN results ON results.job_id = jobs.id
@@ -30,13 +31,21 @@ class Ended(NamedTuple):
         return self.state is JobState.SUCCEEDED
 
 
+class Unfinished(NamedTuple):
+    """It is under way; `code` is why it was sent back last, if it was."""
+
+    code: str | None
+
+
 def find_errands(
     connection: sa.Connection, keys: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], Ended | None]:
-    """Those of the jobs that are there, by tenant and idempotency key; None while unfinished."""
+) -> dict[tuple[str, str], Ended | Unfinished]:
+    """Those of the jobs that are there, by tenant and idempotency key."""
     parameters = {"tenants": [tenant for tenant, _ in keys], "keys": [key for _, key in keys]}
     rows = connection.execute(_FIND, parameters).all()
     return {
-        (row[0], row[1]): None if row[2] is None else Ended(JobState(row[2]), row[3], row[4])
+        (row[0], row[1]): (
+            Unfinished(row[5]) if row[2] is None else Ended(JobState(row[2]), row[3], row[4])
+        )
         for row in rows
     }

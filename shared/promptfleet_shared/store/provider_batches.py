@@ -33,7 +33,7 @@ _ATTACH = sa.text("""
 WITH input AS MATERIALIZED (
     SELECT * FROM json_to_recordset(CAST(:records AS json)) AS r (
         job_id uuid, held_fence bigint, request text, cache_key text, queued_ms float8,
-        decision jsonb)
+        decision jsonb, reserved jsonb)
 ), room AS MATERIALIZED (
     INSERT INTO provider_batches AS open (id, tenant, deployment, kind, model, lines, bytes,
                                           lease_until)
@@ -57,8 +57,9 @@ WITH input AS MATERIALIZED (
       FROM locked WHERE jobs.id = locked_id
 ), added AS (
     INSERT INTO provider_batch_lines (job_id, fence, batch_id, tenant, request, cache_key,
-                                      queued_ms)
-    SELECT job_id, held_fence, room.id, :tenant, CAST(request AS json), cache_key, queued_ms
+                                      queued_ms, reserved)
+    SELECT job_id, held_fence, room.id, :tenant, CAST(request AS json), cache_key, queued_ms,
+           reserved
       FROM locked, room
 )
 SELECT room.lines, room.bytes, locked_id FROM room LEFT JOIN locked ON true
@@ -179,8 +180,8 @@ UPDATE provider_batches SET state = 'preparing', unknown_at = NULL, {_LEASE}, le
 _WAITING = sa.text(f"""
 WITH answered AS MATERIALIZED (
     SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:fences AS bigint[])) AS a (job_id, fence))
-SELECT {CLAIMED_COLUMNS}, cache_key, line_request, line_queued_ms
-  FROM (SELECT jobs.*, line.cache_key, line.request::text AS line_request,
+SELECT {CLAIMED_COLUMNS}, cache_key, line_request, line_queued_ms, reserved
+  FROM (SELECT jobs.*, line.cache_key, line.request::text AS line_request, line.reserved,
                line.queued_ms AS line_queued_ms
           FROM answered JOIN provider_batch_lines AS line USING (job_id, fence)
           JOIN jobs ON jobs.id = job_id AND jobs.fence = line.fence
@@ -290,6 +291,7 @@ class NewLine:
         bytes: Of the whole line.
         cache_key: Of its answer in the response cache.
         decision: What was decided about it so far.
+        reserved: What it has reserved of budgets: nanodollars by "budget:value".
     """
 
     job_id: uuid.UUID
@@ -299,6 +301,7 @@ class NewLine:
     cache_key: str | None = None
     queued_ms: float = 0.0
     decision: Mapping[str, Any] | None = None
+    reserved: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,11 +371,12 @@ class SentLine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """A job that waits for its line's answer."""
+    """A job that waits for its line's answer, and what it has reserved of budgets."""
 
     job: ClaimedJob
     cache_key: str | None
     request: str
+    reserved: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -458,6 +462,7 @@ def _line_record(line: NewLine) -> dict[str, Any]:
         "cache_key": line.cache_key,
         "queued_ms": line.queued_ms,
         "decision": line.decision,
+        "reserved": line.reserved,
     }
 
 
@@ -594,7 +599,8 @@ def waiting_jobs(connection: sa.Connection, held: Held, keys: Sequence[LineKey])
 
 def _waiting(row: Any) -> Waiting:
     job = claimed_job(row)._replace(queued_ms=row.line_queued_ms)
-    return Waiting(job=job, cache_key=row.cache_key, request=row.line_request or job.request)
+    request = row.line_request or job.request
+    return Waiting(job=job, cache_key=row.cache_key, request=request, reserved=row.reserved)
 
 
 def left_lines(

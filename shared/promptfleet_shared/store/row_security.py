@@ -46,6 +46,7 @@ _GRANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "provider_batch_lines": ("SELECT",),
         "conversations": ("SELECT", "DELETE"),
         "conversation_turns": ("SELECT", "DELETE"),
+        "limit_windows": ("SELECT",),
         "alembic_version": ("SELECT",),
     },
     WORKER_ROLE: {
@@ -62,6 +63,7 @@ _GRANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "provider_batch_lines": _ALL,
         "conversations": _ALL,
         "conversation_turns": _ALL,
+        "limit_windows": _ALL,
         "alembic_version": ("SELECT",),
     },
 }

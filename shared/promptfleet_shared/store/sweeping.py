@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import uuid
 from collections.abc import Collection
 
@@ -10,17 +11,32 @@ import sqlalchemy as sa
 
 from promptfleet_shared.jobs import Doorbell
 from promptfleet_shared.store.claims import doorbell
+from promptfleet_shared.store.turns import call_next
 
 MAX_CRASHES = 3
 """Lost leases after which a job is taken for the cause: `failed`, code `poison`."""
 RING_BACKOFF_S = 30
 RING_BACKOFF_MAX_S = 300
+FAIR_AMONG = 200_000
+"""Due jobs among which tenants take turns: a fifth of a second of Postgres' time for so many."""
+
+
+class Order(enum.Enum):
+    """Which of the due jobs come first.
+
+    A tenant's backlog may be due all at once, and stand before everybody else's jobs for minutes.
+    """
+
+    OLDEST = "oldest"  # whose timer was due first
+    NEWEST = "newest"  # last
+    FAIR = "fair"  # each tenant's oldest, then each one's second oldest, and so on
+
 
 # Each due job gets a verdict. Final ones get their results row (and callback) here and now;
 # queued ones are rung again after 30 s, 60 s, 120 s … so that a long backlog is not rung to death.
 # The clock is read once: a lease that ends between two looks at it would be over for one column of
 # its row, and go on for the next.
-_SWEEP = sa.text("""
+_SWEEP = """
 WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), due AS MATERIALIZED (
     SELECT id AS job_id, (SELECT now FROM clock) AS now,
            state = 'running' AND lease_until < (SELECT now FROM clock) AS lapsed,
@@ -43,7 +59,7 @@ WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), due AS MATERIALIZE
                WHEN state = 'submitted' THEN 'spill'
                WHEN id = ANY(CAST(:parked AS uuid[])) THEN 'parked'
                ELSE 'ring' END AS verdict
-      FROM jobs WHERE finished_at IS NULL AND sweep_at <= (SELECT now FROM clock)
+      FROM jobs WHERE finished_at IS NULL AND sweep_at <= (SELECT now FROM clock) {among}
      ORDER BY sweep_at LIMIT :limit FOR UPDATE SKIP LOCKED
 ), moved AS (
     UPDATE jobs SET
@@ -62,7 +78,7 @@ WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), due AS MATERIALIZE
            -- A lost claim is fenced off at once, so that a zombie's late result can't land.
            fence = fence + CAST(lapsed OR verdict = 'spill' AS int),
            policy = CASE WHEN verdict = 'spill'
-                    THEN coalesce(policy, '{}') || '{"service": "standard"}' ELSE policy END,
+                    THEN coalesce(policy, '{{}}') || '{{"service": "standard"}}' ELSE policy END,
            lease_owner = CASE WHEN verdict = 'alive' THEN lease_owner END,
            lease_until = CASE WHEN verdict = 'alive' THEN lease_until END,
            rings = rings + CASE WHEN verdict IN ('ring', 'lost', 'spill') THEN 1 ELSE 0 END,
@@ -80,7 +96,7 @@ WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), due AS MATERIALIZE
                      ELSE deadline END)
                 -- Its doorbell waits its turn, and is not lost.
                 WHEN 'parked' THEN least(deadline,
-                     clock_timestamp() + interval '1 second' * :backoff_max_s)
+                     clock_timestamp() + interval '1 second' * :parked_s)
                 ELSE least(deadline, clock_timestamp() + interval '1 second' *
                      least(:backoff_max_s, :backoff_s * 2 ^ least(rings, 10))) END
       FROM due WHERE id = job_id
@@ -101,30 +117,58 @@ WITH clock AS MATERIALIZED (SELECT clock_timestamp() AS now), due AS MATERIALIZE
     SELECT id, tenant, callback_url, 'prompt.' || state
       FROM moved WHERE finished_at IS NOT NULL AND callback_url IS NOT NULL
 )
-SELECT id, tier, priority, tenant, concurrency_key, verdict, charged FROM moved
-""").bindparams(max_crashes=MAX_CRASHES, backoff_s=RING_BACKOFF_S, backoff_max_s=RING_BACKOFF_MAX_S)
+SELECT id, tier, priority, tenant, concurrency_key, verdict, charged,
+       finished_at IS NOT NULL AND (policy ->> 'memory_id') IS NOT NULL AS was_turn FROM moved
+"""
+
+# Each tenant's first jobs; what somebody else has locked is not replaced by what comes after it.
+_FAIR = """ AND id IN (
+    SELECT id FROM (
+        SELECT id, sweep_at, row_number() OVER (PARTITION BY tenant ORDER BY sweep_at) AS place
+          FROM (SELECT id, tenant, sweep_at FROM jobs WHERE {due}
+                 ORDER BY sweep_at LIMIT :among) AS oldest) AS placed
+     ORDER BY place, sweep_at LIMIT :limit)"""
 
 # For a tier whose queue is empty although jobs are due: their doorbells are lost (or under way,
 # which the few seconds since the last ring rule out), so nobody waits for the back-off.
+_IS_IDLE = """finished_at IS NULL AND state = 'queued' AND tier = :tier
+   AND NOT cancel_requested AND run_at <= clock_timestamp()
+   AND rung_at < clock_timestamp() - :silence_s * interval '1 second'"""
 _RING_IDLE = """
 WITH silent AS MATERIALIZED (
-    SELECT id AS job_id FROM jobs
-     WHERE finished_at IS NULL AND state = 'queued' AND tier = :tier AND NOT cancel_requested
-       AND run_at <= clock_timestamp()
-       AND rung_at < clock_timestamp() - :silence_s * interval '1 second'
+    SELECT id AS job_id FROM jobs WHERE {due} {among}
      ORDER BY sweep_at {order} LIMIT :limit FOR UPDATE SKIP LOCKED)
 UPDATE jobs SET rings = rings + 1, rung_at = clock_timestamp() FROM silent WHERE id = job_id
 RETURNING id, tier, priority, tenant, concurrency_key
 """
-_RING_OLDEST, _RING_NEWEST = (sa.text(_RING_IDLE.format(order=o)) for o in ("ASC", "DESC"))
 
 # What a sweep would ring for: asked before, where doorbells are known to wait their turn.
-_SILENT = sa.text("""
-SELECT id, tier, priority, tenant, concurrency_key FROM jobs
- WHERE finished_at IS NULL AND sweep_at <= clock_timestamp() AND state = 'queued'
-   AND NOT cancel_requested AND deadline > clock_timestamp()
- ORDER BY sweep_at LIMIT :limit
-""")
+# The clock is read in a query of its own, so that the index is searched for what it says.
+_IS_SILENT = """finished_at IS NULL AND sweep_at <= (SELECT clock_timestamp())
+   AND state = 'queued'
+   AND NOT cancel_requested AND deadline > clock_timestamp()"""
+_SILENT = """
+SELECT id, tier, priority, tenant, concurrency_key FROM jobs WHERE {due} {among}
+ ORDER BY sweep_at {order} LIMIT :limit
+"""
+
+
+def _in_order(statement: str, order: Order, due: str) -> sa.TextClause:
+    among = _FAIR.format(due=due) if order is Order.FAIR else ""
+    direction = "DESC" if order is Order.NEWEST else "ASC"
+    text = sa.text(statement.format(due=due, among=among, order=direction))
+    return text.bindparams(among=FAIR_AMONG) if among else text
+
+
+_IS_DUE = "finished_at IS NULL AND sweep_at <= (SELECT now FROM clock)"
+_SWEEPS = {
+    order: _in_order(_SWEEP, order, _IS_DUE).bindparams(
+        max_crashes=MAX_CRASHES, backoff_s=RING_BACKOFF_S, backoff_max_s=RING_BACKOFF_MAX_S
+    )
+    for order in (Order.OLDEST, Order.FAIR)
+}
+_RINGS = {order: _in_order(_RING_IDLE, order, _IS_IDLE) for order in Order}
+_SILENCE = {order: _in_order(_SILENT, order, _IS_SILENT) for order in (Order.OLDEST, Order.FAIR)}
 
 _PRUNE = sa.text("""
 WITH old AS MATERIALIZED (
@@ -164,13 +208,20 @@ class Sweep:
     unknown_calls: int = 0
 
 
-def overdue_doorbells(connection: sa.Connection, *, limit: int = 500) -> list[Doorbell]:
-    """Whom a sweep of up to `limit` jobs would ring for, unless they are parked."""
-    return [doorbell(row) for row in connection.execute(_SILENT, {"limit": limit})]
+def overdue_doorbells(
+    connection: sa.Connection, *, limit: int = 500, order: Order = Order.OLDEST
+) -> list[Doorbell]:
+    """Whom a sweep of up to `limit` jobs in this order would ring for, unless they are parked."""
+    return [doorbell(row) for row in connection.execute(_SILENCE[order], {"limit": limit})]
 
 
 def sweep(
-    connection: sa.Connection, *, limit: int = 500, parked: Collection[uuid.UUID] = ()
+    connection: sa.Connection,
+    *,
+    limit: int = 500,
+    parked: Collection[uuid.UUID] = (),
+    parked_s: float = RING_BACKOFF_MAX_S,
+    order: Order = Order.OLDEST,
 ) -> Sweep:
     """Judge up to `limit` jobs whose timer is due; the caller commits, then rings.
 
@@ -178,15 +229,23 @@ def sweep(
         connection: In a transaction.
         limit: Jobs at most.
         parked: Jobs whose doorbells wait their turn: they are looked at again later.
+        parked_s: Seconds until then.
+        order: Which of the due jobs, if there are more: the oldest, or fairly by tenant.
     """
+    parameters = {"limit": limit, "parked": list(parked), "parked_s": parked_s}
     doorbells: list[Doorbell] = []
     verdicts: dict[str, int] = {}
     unknown_calls = 0
-    for row in connection.execute(_SWEEP, {"limit": limit, "parked": list(parked)}):
+    turns: list[uuid.UUID] = []
+    for row in connection.execute(_SWEEPS[order], parameters):
         verdicts[row.verdict] = verdicts.get(row.verdict, 0) + 1
         unknown_calls += row.charged
         if row.verdict in {"ring", "lost", "spill"}:
             doorbells.append(doorbell(row))
+        elif row.was_turn:
+            turns.append(row.id)
+    if turns:
+        doorbells += call_next(connection, turns)
     return Sweep(doorbells=doorbells, verdicts=verdicts, unknown_calls=unknown_calls)
 
 
@@ -196,15 +255,14 @@ def silent_doorbells(
     *,
     silence_s: float = 5.0,
     limit: int = 1000,
-    newest: bool = False,
+    order: Order = Order.OLDEST,
 ) -> list[Doorbell]:
     """Due jobs of a tier that nobody rang for in `silence_s` seconds, marked as rung.
 
-    Those whose timer is due first; with `newest` those whose is last: so that a job behind a long
-    backlog needs not wait until all of that is rung for.
+    The order lets a job behind a long backlog not wait until all of that is rung for.
     """
-    statement = _RING_NEWEST if newest else _RING_OLDEST
-    rows = connection.execute(statement, {"tier": tier, "silence_s": silence_s, "limit": limit})
+    parameters = {"tier": tier, "silence_s": silence_s, "limit": limit}
+    rows = connection.execute(_RINGS[order], parameters)
     return [doorbell(row) for row in rows]
 
 

@@ -470,6 +470,8 @@ provider_batch_lines = sa.Table(
     _text("cache_key", nullable=True),
     sa.Column("queued_ms", sa.Float, nullable=False, server_default="0"),
     sa.Column("sent", sa.Boolean, nullable=False, server_default=sa.false()),
+    # Of budgets: nanodollars by "budget:value".
+    sa.Column("reserved", pg.JSONB),
     sa.PrimaryKeyConstraint("job_id", "fence", name="provider_batch_lines_pkey"),
     sa.Index("provider_batch_lines_batch_idx", "batch_id", "job_id"),
 )
@@ -506,4 +508,19 @@ conversation_turns = sa.Table(
     sa.Column("bytes", sa.Integer, nullable=False),
     _instant("created_at"),
     sa.PrimaryKeyConstraint("tenant", "memory_id", "n", name="conversation_turns_pkey"),
+)
+
+# What was used of limits of an hour and longer; see `limit_windows`.
+limit_windows = sa.Table(
+    "limit_windows",
+    metadata,
+    # Empty where the limit is no tenant's.
+    _text("tenant"),
+    _text("name"),
+    # What was used in each sixtieth of the period, by its number.
+    sa.Column("pieces", pg.JSONB, nullable=False),
+    # When, by the clock of the Redis that counts.
+    sa.Column("seen_us", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+    sa.PrimaryKeyConstraint("tenant", "name", name="limit_windows_pkey"),
 )

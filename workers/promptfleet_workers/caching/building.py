@@ -12,11 +12,8 @@ from promptfleet_workers.caching import disk, memory
 from promptfleet_workers.caching.custom import GuardedCache, load_custom
 from promptfleet_workers.caching.embedding import (
     FunctionVerifier,
-    Health,
     ModelVerifier,
-    Prices,
     ProviderEmbedder,
-    SideCalls,
 )
 from promptfleet_workers.caching.encryption import AesGcm
 from promptfleet_workers.caching.layers import FRONT_BYTES, LayeredCache, SharedLayeredCache
@@ -24,6 +21,7 @@ from promptfleet_workers.caching.parts import Caching
 from promptfleet_workers.caching.protocol import ResponseCache, SharedCache
 from promptfleet_workers.caching.redis_cache import RedisCache
 from promptfleet_workers.caching.semantic import SemanticCache, Verifier
+from promptfleet_workers.caching.side_calls import Health, Limits, Money, Prices, SideCalls
 from promptfleet_workers.caching.single_flight import Flight
 from promptfleet_workers.caching.values import Codec
 from promptfleet_workers.plugins import load_path
@@ -34,7 +32,14 @@ if TYPE_CHECKING:
 
 
 def build_caching(
-    fleet: Fleet, default_url: str, *, router: Router, health: Health, prices: Prices
+    fleet: Fleet,
+    default_url: str,
+    *,
+    router: Router,
+    health: Health,
+    prices: Prices,
+    limits: Limits | None = None,
+    money: Money | None = None,
 ) -> Caching:
     """The parts of a worker's cache; they connect with their first use.
 
@@ -44,6 +49,8 @@ def build_caching(
         router: Knows where the semantic cache's models are.
         health: Gives leave to call them.
         prices: Prices those calls.
+        limits: Those of the deployments and of the jobs, where there are any.
+        money: The budgets, where there are any.
 
     Raises:
         ConfigurationError: Something that [cache] names is not there.
@@ -57,7 +64,13 @@ def build_caching(
     if not (section.enabled and section.semantic.enabled):
         return Caching(cache, section, codec=codec, flight=flight)
     index = _index(section, section.where() or default_url, codec)
-    calls = SideCalls(health=health, prices=prices, timeout_s=section.semantic.timeout_ms / 1000)
+    calls = SideCalls(
+        health=health,
+        prices=prices,
+        timeout_s=section.semantic.timeout_ms / 1000,
+        limits=limits,
+        money=money,
+    )
     semantic = SemanticCache(
         section,
         cache=cache,

@@ -19,13 +19,16 @@ from uuid_utils.compat import uuid7
 from promptfleet_shared.jobs import ClaimedJob, Doorbell, JobKind, JobSpec
 from promptfleet_shared.store import errands as store
 from promptfleet_shared.store.database import AsyncDatabase
-from promptfleet_shared.store.errands import Ended
+from promptfleet_shared.store.errands import Ended, Unfinished
 from promptfleet_shared.store.submissions import insert_jobs
+from promptfleet_workers.retries import LIMIT_REACHED, QUOTA_REACHED
 
 DEADLINE_S = 600.0
 PATIENCE_S = 10.0
 KEY = "promptfleet.errand:"
 BYTES_A_TOKEN = 4
+REFUSED = frozenset({LIMIT_REACHED, QUOTA_REACHED, "budget_spent", "budget_held", "budget_unknown"})
+"""Why jobs are sent back that a limit or a budget lets wait."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,8 @@ class Errand:
 
 
 Answers = Mapping[str, Ended | None]
-"""What came of errands by their keys: None for one without success; unfinished ones are missing."""
+"""What came of errands by their keys: None for one without success, or that is not to be waited
+for; other unfinished ones are missing."""
 
 
 class ErrandSender(Protocol):
@@ -120,8 +124,19 @@ class Errands:
                     if spec.id == job_id
                 ]
             )
-        ended = {key: end for key, end in found.items() if end is not None}
-        return {key[1]: end if end.succeeded else None for key, end in ended.items()}
+        return {
+            key[1]: end if isinstance(end, Ended) and end.succeeded else None
+            for key, end in found.items()
+            if isinstance(end, Ended) or _is_refused(wanted[key], end)
+        }
+
+
+def _is_refused(errand: Errand, known: Unfinished) -> bool:
+    """True for an embedding that a limit or a budget lets wait: there is another way without it.
+
+    It goes on, and is there for the next job that needs it.
+    """
+    return errand.kind is JobKind.EMBEDDING and known.code in REFUSED
 
 
 def summary_errand(

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 10.0
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 1.0
+FIRST_SLEEP_S = 2.0
+LONGEST_SLEEP_S = 15.0
+"""For an earlier turn, whose end wakes the next one: how long to rely on that."""
 DATABASE_WAIT_S = 1.0
 BYTES_A_TOKEN = 4
 """A token is a byte at least, so that a request of n bytes has n tokens at most …"""
@@ -187,7 +190,7 @@ class Fitter:
             if work.job.id in taken:
                 turns.append((work, taken[work.job.id]))
             elif not self._endings.given_up(work):
-                self._wait(work, "an earlier turn")
+                self._sleep(work)
         if not turns:
             return
         told = await asyncio.to_thread(self._remember_all, turns, _NO_ANSWERS)
@@ -302,6 +305,13 @@ class Fitter:
         shorter = tuple(candidate for candidate in work.route if candidate.model in models)
         self._routes[id(work.route), models] = (work.route, shorter)
         return shorter
+
+    def _sleep(self, work: Work) -> None:
+        """Come again when an earlier turn ends, or after a while if nobody calls."""
+        work.note("waited", on="an earlier turn")
+        longest = min(LONGEST_SLEEP_S, FIRST_SLEEP_S * 1.5 ** min(work.job.deferrals, 10))
+        sleep_s = longest * (0.5 + self._random() / 2)
+        self._endings.give_back(work, sleep_s, counts=False, waits_turn=True)
 
     def _wait(self, work: Work, what: str) -> None:
         """Come again soon, and ever later: the claim, the slot and the attempt are given back."""

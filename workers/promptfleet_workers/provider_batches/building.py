@@ -9,7 +9,9 @@ from typing import Self
 from promptfleet_shared.fleet import Fleet
 from promptfleet_shared.jobs import Doorbell
 from promptfleet_shared.store.database import AsyncDatabase
+from promptfleet_workers.budgets import Budgets
 from promptfleet_workers.endings import Endings
+from promptfleet_workers.provider_batches.freeing import Freeing
 from promptfleet_workers.provider_batches.handover import Handover
 from promptfleet_workers.provider_batches.landing import Lander
 from promptfleet_workers.provider_batches.pricing import BatchPricer
@@ -42,6 +44,7 @@ class BatchParts:
         retention_s: float,
         ring: Callable[[Iterable[Doorbell]], None],
         lease_s: float = LEASE_S,
+        budgets: Budgets | None = None,
     ) -> Self:
         """Build them; nothing runs yet.
 
@@ -57,8 +60,10 @@ class BatchParts:
             retention_s: Seconds that ended batches are kept.
             ring: Rings doorbells in the background.
             lease_s: Seconds that a batch stays a worker's without a word from it.
+            budgets: Reserve what lines cost, where the fleet has any.
         """
-        returner = Returner(database=database, ring=ring)
+        freeing = None if budgets is None else Freeing(database, budgets)
+        returner = Returner(database=database, ring=ring, freeing=freeing)
         submitter = Submitter(
             database=database, options=fleet.batch_service, apis=apis, returner=returner
         )
@@ -70,6 +75,7 @@ class BatchParts:
             endings=landing,
             pricer=pricer,
             returner=returner,
+            budgets=budgets,
         )
         service = ProviderBatches(
             database=database,
@@ -83,8 +89,14 @@ class BatchParts:
             owner=owner,
             retention_s=retention_s,
             lease_s=lease_s,
+            freeing=freeing,
         )
         handover = Handover(
-            database=database, fleet=fleet, apis=apis, endings=endings, wake=service.wake
+            database=database,
+            fleet=fleet,
+            apis=apis,
+            endings=endings,
+            wake=service.wake,
+            budgets=budgets,
         )
         return cls(handover=handover, service=service)

@@ -15,8 +15,11 @@ from promptfleet_shared.policies.provider_batches import OPTION, choose
 from promptfleet_shared.store import provider_batches as store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.provider_batches import Destination, LineKey, NewLine, Room
+from promptfleet_workers.budget_refusals import refuse
+from promptfleet_workers.budgets import Bill, Budgets
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.provider_batches.lines import custom_id
+from promptfleet_workers.provider_batches.pricing import BatchPricer
 from promptfleet_workers.providers.batch_protocol import BatchApi, Line
 from promptfleet_workers.routing import Candidate
 from promptfleet_workers.work import Work
@@ -50,6 +53,7 @@ class Handover:
         apis: Mapping[str, BatchApi],
         endings: Endings,
         wake: Callable[[], None],
+        budgets: Budgets | None = None,
     ) -> None:
         """Take nothing yet.
 
@@ -59,8 +63,11 @@ class Handover:
             apis: Those of the deployments that have one, by their names.
             endings: Told of the jobs that have left.
             wake: Called when a batch is full.
+            budgets: Reserve what lines cost, where the fleet has any.
         """
         self._database = database
+        self._budgets = budgets
+        self._prices = BatchPricer()
         self._fleet = fleet
         self._options = fleet.batch_service
         self._apis = apis
@@ -84,15 +91,40 @@ class Handover:
                 left.append(work)
             else:
                 going[work] = place
+        asking = await known(list(going))
+        moved = await self._afford(asking, going) if self._budgets is not None else []
         groups: dict[Destination, list[_Given]] = {}
-        for work in await known(list(going)):
-            if not self._endings.given_up(work):
+        for work in asking:
+            if work not in moved and not self._endings.given_up(work):
                 place = going[work]
                 group = groups.setdefault(place.destination, [])
-                group.append((work, _line(work, place)))
+                group.append((work, self._line(work, place)))
         for destination, given in groups.items():
             await self._give(destination, given)
-        return left
+        return left + await self.take(moved, known) if moved else left
+
+    async def _afford(self, works: Sequence[Work], going: Mapping[Work, _Place]) -> list[Work]:
+        """Reserve what these lines will cost, in one round trip; those that get none leave.
+
+        Returns:
+            Those whose model's money is spent, and that are to go to another model.
+        """
+        assert self._budgets is not None  # noqa: S101 - for the type checkers
+        bills = {
+            work.job.id: Bill(candidates=(going[work].candidate,), prices=self._prices)
+            for work in works
+        }
+        refusals = await self._budgets.reserve(works, bills)
+        moved = []
+        for work in works if refusals else ():
+            refusal = refusals.get(work.job.id)
+            if refusal is None or self._endings.given_up(work):
+                continue
+            if going[work].candidate in work.route:
+                refuse(self._endings, work, refusal)
+            else:
+                moved.append(work)
+        return moved
 
     def _place_of(self, work: Work) -> _Place | None:
         """Where the job's line goes; None for a job that goes the ordinary way."""
@@ -154,6 +186,8 @@ class Handover:
         for chunk in _chunks(given, room):
             lines = [line for _, line in chunk]
             gone = await self._attach(destination, lines, room)
+            if self._budgets is not None:
+                await self._budgets.hand_over(work for work, _ in chunk if work.job.id in gone)
             for work, _ in chunk:
                 # One whose fence has moved on is somebody else's already.
                 self._endings.leave(work)
@@ -178,19 +212,19 @@ class Handover:
             )
             self._wake()
 
-
-def _line(work: Work, place: _Place) -> NewLine:
-    # An answer of another model than the one it is named for is not kept.
-    is_kept = work.key is not None and work.key_model == place.candidate.model
-    return NewLine(
-        job_id=work.job.id,
-        fence=work.job.fence,
-        bytes=place.size,
-        request=None if work.request == work.job.request else work.request,
-        cache_key=work.key if is_kept else None,
-        queued_ms=work.job.queued_ms,
-        decision=work.decision,
-    )
+    def _line(self, work: Work, place: _Place) -> NewLine:
+        # An answer of another model than the one it is named for is not kept.
+        is_kept = work.key is not None and work.key_model == place.candidate.model
+        return NewLine(
+            job_id=work.job.id,
+            fence=work.job.fence,
+            bytes=place.size,
+            request=None if work.request == work.job.request else work.request,
+            cache_key=work.key if is_kept else None,
+            queued_ms=work.job.queued_ms,
+            decision=work.decision,
+            reserved=None if self._budgets is None else self._budgets.record(work),
+        )
 
 
 def _chunks(given: Sequence[_Given], room: Room) -> Iterator[list[_Given]]:

@@ -14,6 +14,7 @@ from promptfleet_shared.policies.provider_batches import OPTION
 from promptfleet_shared.store import provider_batches as store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.provider_batches import NO_ROW, Held, LineKey, Return, Waiting
+from promptfleet_workers.budgets import Budgets
 from promptfleet_workers.endings import Endings
 from promptfleet_workers.provider_batches.lines import key_of
 from promptfleet_workers.provider_batches.pricing import BatchPricer
@@ -48,6 +49,7 @@ class Lander:
         endings: Endings,
         pricer: BatchPricer,
         returner: Returner,
+        budgets: Budgets | None = None,
     ) -> None:
         """Land nothing yet.
 
@@ -59,7 +61,9 @@ class Lander:
             endings: Its own, for no ticket or slot is taken for these jobs.
             pricer: What lines cost.
             returner: For jobs without an answer.
+            budgets: Have what lines reserved, where the fleet has any.
         """
+        self._budgets = budgets
         self._database = database
         self._options = fleet.batch_service
         self._router = router
@@ -136,13 +140,20 @@ class Lander:
             work.saved_usd = self._pricer.saved(
                 candidate.deployment.provider, model, answer.usage, candidate.price_as
             )
+            self._adopt(work, item)
             self._endings.succeed(work, answer, candidate)
             return None
         if classify(answer).verdict is not Verdict.FINAL:
             return answer
+        self._adopt(work, item)
         facts = JobError(code=answer.code, message=answer.message, status=answer.status)
         self._endings.fail(work, facts, candidate=candidate)
         return None
+
+    def _adopt(self, work: Work, item: Waiting) -> None:
+        """It ends now, and with it what its line has reserved."""
+        if self._budgets is not None:
+            self._budgets.adopt(work, item.reserved)
 
     def _candidate(self, held: Held, job: ClaimedJob) -> Candidate | None:
         """The deployment that had the batch, as the job's route has it."""

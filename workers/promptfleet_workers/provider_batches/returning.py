@@ -13,6 +13,7 @@ from promptfleet_shared.policies.provider_batches import OPTION
 from promptfleet_shared.store import provider_batches as store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.provider_batches import NO_ROW, Held, LineKey, Return
+from promptfleet_workers.provider_batches.freeing import Freeing
 from promptfleet_workers.providers.batch_protocol import NOT_DONE
 from promptfleet_workers.retries import Verdict, classify
 
@@ -27,11 +28,16 @@ class Returner:
     """Queues jobs again, and rings for them."""
 
     def __init__(
-        self, *, database: AsyncDatabase, ring: Callable[[Iterable[Doorbell]], None]
+        self,
+        *,
+        database: AsyncDatabase,
+        ring: Callable[[Iterable[Doorbell]], None],
+        freeing: Freeing | None = None,
     ) -> None:
         """Return nothing yet; `ring` rings doorbells in the background."""
         self._database = database
         self._ring = ring
+        self._freeing = freeing
 
     async def give_back(self, held: Held, returns: Sequence[Return]) -> None:
         """Queue them again where their fences still hold."""
@@ -45,6 +51,8 @@ class Returner:
         for bell in doorbells:
             # Should this worker die before, the sweeper rings at the same time.
             loop.call_later(delays[bell.job_id], self._ring, [bell])
+        if self._freeing is not None:
+            await self._freeing(held)
 
     async def return_all(self, held: Held, error: ProviderError) -> None:
         """The provider took none of the lines: each is judged by itself, the ordinary way.

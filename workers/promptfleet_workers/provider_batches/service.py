@@ -16,6 +16,7 @@ from promptfleet_shared.policies.provider_batches import BatchServiceSection
 from promptfleet_shared.store import provider_batches as store
 from promptfleet_shared.store.database import AsyncDatabase
 from promptfleet_shared.store.provider_batches import Held
+from promptfleet_workers.provider_batches.freeing import Freeing
 from promptfleet_workers.sweeper import PRUNE_EVERY_S, oldest_id
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class ProviderBatches:
         owner: str,
         retention_s: float,
         lease_s: float = LEASE_S,
+        freeing: Freeing | None = None,
     ) -> None:
         """Do nothing yet.
 
@@ -71,7 +73,9 @@ class ProviderBatches:
             owner: This worker's name, for the name that leases are in.
             retention_s: Seconds that ended batches are kept; 0 keeps them for ever.
             lease_s: Seconds that a batch stays ours without a word from here.
+            freeing: Sees to what lines have reserved of budgets, where the fleet has any.
         """
+        self._freeing = freeing
         self._database = database
         self._options = options
         self._deployments = deployments
@@ -144,6 +148,8 @@ class ProviderBatches:
 
     async def _step(self, held: Held) -> None:
         try:
+            if self._freeing is not None:  # the sweeper may have ended or taken back some jobs
+                await self._freeing(held)
             await self._steps[held.state](held)
         except ProviderError as error:
             facts = {"batch": str(held.id), "state": held.state, "code": error.code}

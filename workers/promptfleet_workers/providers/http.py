@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import aiohttp
 import httpx
@@ -34,8 +34,7 @@ Take: TypeAlias = Callable[[bytes], bool]
 """Takes the next piece of an event stream; true once it was the last that matters."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class HttpResponse:
+class HttpResponse(NamedTuple):
     """A whole response."""
 
     status: int

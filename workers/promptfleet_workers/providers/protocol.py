@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.fleet import TimeoutOptions
@@ -30,8 +30,7 @@ class Received:
         self.size += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
+class Call(NamedTuple):  # and not a data class, which takes three times as long to make
     """One request to a provider, for one job or, where the endpoint takes a list, for many.
 
     Attributes:
@@ -57,8 +56,7 @@ class Call:
     received: Received | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A provider's whole answer to one request.
 
     Attributes:

@@ -11,14 +11,16 @@ import orjson
 
 from promptfleet_shared.errors import ProviderError
 from promptfleet_shared.jobs import Usage
+from promptfleet_workers.providers.google_quotas import violated
 from promptfleet_workers.providers.http import HttpResponse
 from promptfleet_workers.providers.waits import told_s
-from promptfleet_workers.retries import is_telling
+from promptfleet_workers.retries import DAY_IS_OVER, is_telling
 
 TOKENS_MAX = 2**31 - 1
 """What Postgres' integer holds; no real call comes near it."""
 
 _NAME_MAX = 200
+_TOO_MANY = 429
 # Behind these statuses of gateways and proxies the model may well have answered.
 _UNKNOWN_OUTCOME = frozenset({408, 499, 502, 504, 520, 524})
 # Codes that decide nothing, and yet are worth showing. No other text of a body is ever shown: it
@@ -156,12 +158,16 @@ def failure(
         error = data  # some gateways' bodies are the error itself
     status = _status_of(error) or status
     code = _code_of(error) or f"http_{status}"
+    quotas = violated(error) if status == _TOO_MANY else None
+    if quotas is not None and quotas.lasts:
+        code = DAY_IS_OVER
     return ProviderError(
         f"{what} ({code})",
         code=code,
         status=status,
         retry_after_s=told_s(status, headers or {}, error, time.time()),
         unknown_outcome=has_begun or status in _UNKNOWN_OUTCOME,
+        limits=quotas.minute or None if quotas is not None else None,
     )
 
 

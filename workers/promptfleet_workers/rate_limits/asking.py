@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
 
 from promptfleet_workers.rate_limits.keys import LimitKey
+
+Pieces: TypeAlias = Sequence[tuple[int, float]]
+"""What was used of a window in each sixtieth of its period, by the sixtieth's number."""
 
 
 class Verdict(enum.IntEnum):
@@ -16,6 +19,7 @@ class Verdict(enum.IntEnum):
     GO = 0  # after the wait
     LATER = 1  # ask again after the wait
     BUSY = 2  # as many are in flight as may be
+    UNKNOWN = 3  # what was used of a window must be told first; whoever asks never sees this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,14 +67,14 @@ class News:
         returned: Permits of calls that ended.
         refusals: Healths of deployments that refused a call, and seconds that they asked for.
         outcomes: Healths and permits of adaptive deployments, and whether a call went well.
-        told: Limits that providers told.
+        told: Limits that providers told, and for how many seconds they are believed; 0 for always.
     """
 
     settled: list[tuple[LimitKey, float]] = dataclasses.field(default_factory=list)
     returned: list[tuple[LimitKey, str]] = dataclasses.field(default_factory=list)
     refusals: list[tuple[LimitKey, float]] = dataclasses.field(default_factory=list)
     outcomes: list[tuple[LimitKey, LimitKey, bool]] = dataclasses.field(default_factory=list)
-    told: list[tuple[LimitKey, float]] = dataclasses.field(default_factory=list)
+    told: list[tuple[LimitKey, float, float]] = dataclasses.field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.settled or self.returned or self.refusals or self.outcomes or self.told)
@@ -85,6 +89,19 @@ def unused(reservation: Reservation) -> News:
         elif cost:
             news.settled.append((key, -cost))
     return news
+
+
+class WindowMemory(Protocol):
+    """Knows what was used of limits of an hour and longer, whatever becomes of Redis."""
+
+    async def recall(self, keys: Sequence[LimitKey]) -> Mapping[str, Pieces]:
+        """What was used of these windows, by their names, as far as it is known.
+
+        Raises:
+            StoreUnavailableError: It can't be asked now.
+            StoreRefusedError: It did not take the question.
+        """
+        ...
 
 
 class LimitKeeper(Protocol):

@@ -7,6 +7,7 @@ looks once a second whether the fleet can be asked again.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.resources
 import logging
 import time
@@ -16,13 +17,16 @@ from typing import Any
 
 import orjson
 
+from promptfleet_shared.errors import StoreRefusedError, StoreUnavailableError
 from promptfleet_shared.redis_clients import impatient_client
 from promptfleet_shared.redis_failures import REDIS_FAILURES
 from promptfleet_workers.rate_limits.asking import (
     Grant,
     News,
+    Pieces,
     Reservation,
     Verdict,
+    WindowMemory,
     unused,
 )
 from promptfleet_workers.rate_limits.keys import MICROSECONDS, LimitKey
@@ -43,6 +47,8 @@ LONGEST_S = 600.0
 """The longest wait that is told: what is true for longer is not known."""
 UNSURE_S = 3.0
 """The same where a call's cost is a mere guess."""
+CHANGED = f"{PREFIX}changed"
+"""The windows that were changed since they were last kept."""
 
 _Waiting = tuple[Reservation, "asyncio.Future[Grant]"]
 
@@ -57,6 +63,7 @@ class FleetLimits:
         *,
         patience_s: float,
         headroom: float,
+        memory: WindowMemory | None = None,
         timeout_s: float = TIMEOUT_S,
         lease_s: float = LEASE_S,
         again_s: float = AGAIN_S,
@@ -69,13 +76,17 @@ class FleetLimits:
             local: Decides while Redis can't be asked.
             patience_s: Seconds that a call waits in the worker.
             headroom: The share of a minute's limit that is left unused.
+            memory: Knows what was used of windows that Redis has lost; None: nobody does.
             timeout_s: Seconds that a round trip may take.
             lease_s: Seconds after which the permit of a dead worker's call is free again.
             again_s: Seconds between two looks whether a lost Redis is back.
             clock: Gives steady seconds.
         """
         self._local = local
+        self._memory = memory
+        self._owed: dict[str, tuple[LimitKey, float]] = {}
         self._terms = {
+            "kept": memory is not None,
             "worker": uuid.uuid4().hex,
             "patience": int(patience_s * MICROSECONDS),
             "headroom": headroom,
@@ -91,7 +102,7 @@ class FleetLimits:
         self._news = News()
         self._held: dict[tuple[str, str], LimitKey] = {}
         self._asking: asyncio.Task[None] | None = None
-        self._lost_until = float("-inf")
+        self._lost_until = self._forgetful_until = float("-inf")
         self._is_lost = False
         self._redis = impatient_client(url, connect_s=timeout_s)
         files = importlib.resources.files("promptfleet_workers.rate_limits")
@@ -160,7 +171,11 @@ class FleetLimits:
                     grants = await self._ask(reservations, news, renews=renews)
             except REDIS_FAILURES as error:
                 self._say_lost(error)
-                grants = self._alone(reservations, news)
+                # What was settled may have come through: rather twice than not at all.
+                settled = [(key, cost) for key, cost in news.settled if cost > 0]
+                grants = self._alone(reservations, dataclasses.replace(news, settled=settled))
+            else:
+                grants = await self._with_memory(reservations, grants)
         for (reservation, future), grant in zip(live, grants, strict=True):
             if grant.verdict is Verdict.GO:
                 self._hold(reservation)
@@ -181,15 +196,60 @@ class FleetLimits:
 
     def _alone(self, reservations: Sequence[Reservation], news: News) -> list[Grant]:
         self._local.hear(news)
-        return [self._local.decide(reservation) for reservation in reservations]
+        for key, difference in news.settled:
+            self._owe(key, difference)
+        grants = [self._local.decide(reservation) for reservation in reservations]
+        for reservation, grant in zip(reservations, grants, strict=True):
+            for key, cost in reservation.items if grant.verdict is Verdict.GO else ():
+                self._owe(key, cost)
+        return grants
+
+    def _owe(self, key: LimitKey, cost: float) -> None:
+        """What counts for hours is told once the fleet can be told."""
+        if key.kind == "window":
+            self._owed[key.name] = (key, self._owed.get(key.name, (key, 0.0))[1] + cost)
+
+    async def _with_memory(
+        self, reservations: Sequence[Reservation], grants: list[Grant]
+    ) -> list[Grant]:
+        """Ask again where Redis has to be told first what was used of a window; else alone."""
+        unknown = [n for n, grant in enumerate(grants) if grant.verdict is Verdict.UNKNOWN]
+        if not unknown:
+            return grants
+        asked = [reservations[n] for n in unknown]
+        again = await self._ask_telling(asked) or self._alone(asked, News())
+        answers = dict(zip(unknown, again, strict=True))
+        return [answers.get(n, grant) for n, grant in enumerate(grants)]
+
+    async def _ask_telling(self, asked: Sequence[Reservation]) -> list[Grant] | None:
+        if self._memory is None or self._clock() < self._forgetful_until:
+            return None
+        windows = {key.name: key for each in asked for key, _ in each.items if key.kind == "window"}
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                used = await self._memory.recall(list(windows.values()))
+                recalled = [(key, used.get(name, [])) for name, key in windows.items()]
+                grants = await self._ask(asked, News(), renews=False, recalled=recalled)
+        except (*REDIS_FAILURES, StoreRefusedError, StoreUnavailableError) as error:
+            self._forgetful_until = self._clock() + self._again_s
+            facts = {"error": type(error).__name__, "windows": len(windows)}
+            log.warning("limit_windows_unknown", extra=facts)
+            return None
+        return None if any(grant.verdict is Verdict.UNKNOWN for grant in grants) else grants
 
     async def _ask(
-        self, reservations: Sequence[Reservation], news: News, *, renews: bool
+        self,
+        reservations: Sequence[Reservation],
+        news: News,
+        *,
+        renews: bool,
+        recalled: Sequence[tuple[LimitKey, Pieces]] = (),
     ) -> list[Grant]:
         question = _Question(self._terms)
         for reservation in reservations:
             question.add(reservation)
         question.add_news(news, self._held if renews else {})
+        question.recall(recalled)
         reply = await self._script(keys=question.redis_keys, args=[question.json()])
         self._found(Share(workers=int(reply[0]), place=int(reply[1])))
         return [
@@ -203,6 +263,9 @@ class FleetLimits:
 
     def _found(self, share: Share) -> None:
         self._local.share = share
+        if self._owed:
+            owed, self._owed = self._owed, {}
+            self.tell(News(settled=list(owed.values())))
         if self._is_lost:
             log.warning("limits_found", extra={"workers": share.workers})
         self._is_lost = False
@@ -244,13 +307,18 @@ class _Question:
             "returned": [(number(key), permit) for key, permit in news.returned],
             "refusals": [(number(key), s * MICROSECONDS) for key, s in news.refusals],
             "outcomes": [(number(health), number(of), ok) for health, of, ok in news.outcomes],
-            "told": [(number(key), limit) for key, limit in news.told],
+            "told": [(number(key), limit, s * MICROSECONDS) for key, limit, s in news.told],
             "renewed": [(number(key), permit) for (_, permit), key in held.items()],
         }
 
+    def recall(self, windows: Sequence[tuple[LimitKey, Pieces]]) -> None:
+        if windows:
+            self._news["recalled"] = [(self._number(key), pieces) for key, pieces in windows]
+
     @property
     def redis_keys(self) -> list[str]:
-        return [f"{PREFIX}workers", *(f"{PREFIX}{key.name}" for key in self.keys)]
+        changed = [CHANGED] if self._terms.get("kept") else []
+        return [f"{PREFIX}workers", *(f"{PREFIX}{key.name}" for key in self.keys), *changed]
 
     def json(self) -> bytes:
         keys = [
@@ -260,6 +328,7 @@ class _Question:
                 "period": key.period_us,
                 "health": None if key.health is None else self._numbers.get(key.health),
                 "adaptive": key.adaptive,
+                "tenant": key.tenant if key.kind == "window" else None,
             }
             for key in self.keys
         ]

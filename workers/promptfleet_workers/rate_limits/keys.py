@@ -1,4 +1,4 @@
-"""Which limits a call counts against: those of its deployment, and those of the jobs it is for."""
+"""Which limits a call counts against: its deployment's, its API key's, and those of its jobs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import Literal
 
 from promptfleet_shared.fleet import Deployment, Fleet
 from promptfleet_shared.jobs import ClaimedJob
-from promptfleet_shared.policies.limits import PERIODS_S, Dimension, LimitRule, Rates
+from promptfleet_shared.policies.limits import (
+    PERIODS_S,
+    DeploymentLimits,
+    Dimension,
+    LimitRule,
+    Rates,
+)
 from promptfleet_workers.rate_limits.costs import Costs
 
 MICROSECONDS = 1_000_000
 _MINUTE = "minute"
+_API_KEY = "api_key"
+_OF_TENANTS = frozenset({"tenant", "limit_key"})
 _MAX_KEPT = 10_000
 """Plans of so many groups of jobs are kept: tenants and keys must not fill our memory."""
 
@@ -25,10 +33,12 @@ class LimitKey:
 
     Attributes:
         name: Its own part of the key in Redis.
-        label: What people call it, without tenants and keys: "deployment/limit" or "per/limit".
+        tenant: Whose it is, where it is a tenant's.
+        label: What people call it, without tenants and their keys: "deployment/limit",
+            "API_KEY_ENV/limit" or "per/limit".
         limit: So much a period, or so many at once; None where only the provider may tell.
         period_us: Microseconds.
-        health: The name of its deployment's health.
+        health: The name of its deployment's, or its API key's, health.
         dimension: What it counts; None for permits and health.
         adaptive: True for permits whose number is found out.
     """
@@ -41,6 +51,7 @@ class LimitKey:
     health: str | None = None
     dimension: Dimension | None = None
     adaptive: bool = False
+    tenant: str = ""
 
     def cost(self, costs: Costs) -> float:
         """How much of it a call takes."""
@@ -49,12 +60,30 @@ class LimitKey:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The keys of a call to one deployment; `learns` if its responses may lower them."""
+    """The keys of a call to one deployment.
+
+    Attributes:
+        keys: Its own and those of its API key.
+        health: Its own.
+        key_health: That of its API key, where the key has limits.
+        permits: Those of the keys that are permits.
+        learns: True if its responses may lower its own.
+    """
 
     keys: tuple[LimitKey, ...]
-    health: LimitKey | None = None
+    health: LimitKey
+    key_health: LimitKey | None = None
     permits: tuple[LimitKey, ...] = ()
     learns: bool = False
+
+    @property
+    def rates(self) -> dict[Dimension, LimitKey]:
+        """Its own limits of a minute, which its responses may tell of."""
+        return {
+            key.dimension: key
+            for key in self.keys
+            if key.kind == "rate" and key.dimension is not None and key.health == self.health.name
+        }
 
 
 class KeyBook:
@@ -63,8 +92,10 @@ class KeyBook:
     def __init__(self, fleet: Fleet) -> None:
         """Prepare the keys of all deployments."""
         deployments = [d for model in fleet.models.values() for d in model.deployments]
-        self.plans = {d.name: _plan_of(d) for d in deployments if d.limits is not None}
-        self._rules = fleet.limits.rules
+        of_keys = [rule for rule in fleet.limits.rules if rule.per == _API_KEY]
+        plans = {d.name: _plan_of(d, _key_limits(d, of_keys)) for d in deployments}
+        self.plans = {name: plan for name, plan in plans.items() if plan is not None}
+        self._rules = tuple(rule for rule in fleet.limits.rules if rule.per != _API_KEY)
         self._kept: dict[str, tuple[LimitKey, ...]] = {}
 
     @property
@@ -73,8 +104,16 @@ class KeyBook:
         return bool(self.plans or self._rules)
 
     @property
+    def has_windows(self) -> bool:
+        """True if any limit is of more than a minute."""
+        planned = any(key.kind == "window" for plan in self.plans.values() for key in plan.keys)
+        return planned or any(
+            rate.period != _MINUTE for rule in self._rules for rate in rule.rates()
+        )
+
+    @property
     def has_rules(self) -> bool:
-        """True if jobs have limits besides those of their deployments."""
+        """True if jobs have limits besides those of their deployments and API keys."""
         return bool(self._rules)
 
     def of_job(self, job: ClaimedJob) -> tuple[LimitKey, ...]:
@@ -85,15 +124,19 @@ class KeyBook:
             if kept is None:
                 if len(self._kept) >= _MAX_KEPT:
                     self._kept.clear()
-                kept = self._kept[owner] = tuple(self._keys_of(per, value, owner))
+                tenant = job.tenant if per in _OF_TENANTS else ""
+                rules = _rules_for(value, [rule for rule in self._rules if rule.per == per])
+                found = [key for rule in rules for key in _keys(rule, owner, per, tenant=tenant)]
+                kept = self._kept[owner] = tuple(found)
             keys += kept
         return keys
 
-    def _keys_of(self, per: str, value: str, owner: str) -> Sequence[LimitKey]:
-        rules = [rule for rule in self._rules if rule.per == per]
-        own = [rule for rule in rules if value in rule.only]
-        chosen: Sequence[LimitRule] = own or [rule for rule in rules if not rule.only]
-        return [key for rule in chosen for key in _keys(rule, owner, per)]
+
+def _rules_for(value: str, rules: Sequence[LimitRule]) -> Sequence[LimitRule]:
+    """The rules that name this value, in place of those for all."""
+    return [rule for rule in rules if value in rule.only] or [
+        rule for rule in rules if not rule.only
+    ]
 
 
 def _groups(job: ClaimedJob) -> list[tuple[str, str, str]]:
@@ -110,9 +153,23 @@ def _groups(job: ClaimedJob) -> list[tuple[str, str, str]]:
     return groups
 
 
-def _plan_of(deployment: Deployment) -> Plan:
-    limits = deployment.limits
-    assert limits is not None  # noqa: S101 - for the type checkers
+def _key_limits(deployment: Deployment, rules: Sequence[LimitRule]) -> tuple[LimitKey, ...]:
+    """The limits of a deployment's API key, after the key's health; empty where it has none."""
+    name = deployment.key_name
+    chosen = _rules_for(name, rules) if name else ()
+    if not chosen:
+        return ()
+    owner = f"api_key:{name}"
+    health = LimitKey(name=f"{owner}:health", label=f"{name}/pause", kind="health")
+    limits = [key for rule in chosen for key in _keys(rule, owner, f"{name}", health=health.name)]
+    return (health, *limits)
+
+
+def _plan_of(deployment: Deployment, of_key: tuple[LimitKey, ...]) -> Plan | None:
+    """The limits of a call to a deployment; None where there are none."""
+    if deployment.limits is None and not of_key:
+        return None
+    limits = deployment.limits or DeploymentLimits(learn=False)
     owner = f"account:{limits.account}" if limits.account else f"deployment:{deployment.name}"
     label = limits.account or deployment.name
     health = LimitKey(name=f"{owner}:health", label=f"{label}/pause", kind="health")
@@ -121,8 +178,14 @@ def _plan_of(deployment: Deployment) -> Plan:
         known = {key.name for key in keys}
         told = [_told(owner, label, dimension, health.name) for dimension in _TELLING]
         keys += [key for key in told if key.name not in known]
-    permits = tuple(key for key in keys if key.kind == "permits")
-    return Plan(keys=(health, *keys), health=health, permits=permits, learns=limits.learn)
+    keys += of_key
+    return Plan(
+        keys=(health, *keys),
+        health=health,
+        key_health=of_key[0] if of_key else None,
+        permits=tuple(key for key in keys if key.kind == "permits"),
+        learns=limits.learn,
+    )
 
 
 _TELLING = (
@@ -148,7 +211,13 @@ def _told(owner: str, label: str, dimension: Dimension, health: str) -> LimitKey
 
 
 def _keys(
-    rates: Rates, owner: str, label: str, *, health: str | None = None, adaptive: bool = False
+    rates: Rates,
+    owner: str,
+    label: str,
+    *,
+    health: str | None = None,
+    adaptive: bool = False,
+    tenant: str = "",
 ) -> list[LimitKey]:
     keys = [
         LimitKey(
@@ -159,6 +228,7 @@ def _keys(
             period_us=rate.period_s * MICROSECONDS,
             health=health,
             dimension=rate.dimension,
+            tenant=tenant,
         )
         for rate in rates.rates()
     ]

@@ -98,6 +98,8 @@ class LocalLimits:
             if not permits:
                 self._permits.pop(key.name, None)
         for key, wait_s in news.refusals:
+            if wait_s <= 0:  # a key's: slower, and no pause
+                continue
             until = now + max(wait_s, _REFUSED_S)
             self._paused[key.name] = max(self._paused.get(key.name, 0.0), until)
 

@@ -34,11 +34,15 @@ from promptfleet_workers.work import Work
 
 POLL_S = 0.05
 """Between two looks for a permit that a call of another worker may have given back."""
+AT_ONCE_S = 0.05
+"""What calls that can't wait still wait: a busy limit gives out its turns one by one."""
 PAUSE_S = 1.0
 """After a refusal that does not say how long."""
 LONGEST_PAUSE_S = 3600.0
 LISTEN_S = 1.0
 """Limits that providers tell are read once in so many seconds."""
+BELIEVED_S = 3600.0
+"""A limit that a refusal named may have been raised by then, and no answer would say so."""
 _NOTHING = Costs(requests=0.0)
 _REFUSED = Costs()  # what was refused counts as a request, as with OpenAI
 _NOT_SENT = frozenset({"circuit_open", "key_stopped", "retry_budget", "connect_error"})
@@ -131,7 +135,7 @@ class Quotas:
         self.listeners: Mapping[str, Callable[[Mapping[str, str]], None]] = {
             name: _Listener(plan, keeper).hear
             for name, plan in book.plans.items()
-            if plan.learns and any(key.kind == "rate" for key in plan.keys)
+            if plan.learns and plan.rates
         }
 
     def concerns(self, candidate: Candidate) -> bool:
@@ -178,6 +182,25 @@ class Quotas:
         if grant.decisive is not None:
             self.counts.waited_s[label] += waited_s
             _note(works, waited_s, label)
+        return dataclasses.replace(hold, started=time.monotonic())
+
+    async def try_reserve(self, candidate: Candidate, works: Sequence[Work]) -> Hold | None:
+        """Leave for a call that is made now or never: None if it would have to wait."""
+        hold = self._estimate(candidate, works)
+        if not hold.items:
+            return hold
+        if self._full_turn(hold) is not None:
+            return None
+        reservation = dataclasses.replace(hold.reservation, probe=True)
+        grant = await self._keeper.reserve(reservation)
+        self.counts.alone += grant.alone
+        if grant.verdict is not Verdict.GO:
+            return None
+        if grant.wait_s > AT_ONCE_S:
+            self._tell(unused(reservation))
+            return None
+        await self._wait(reservation, grant)
+        self.counts.reserved[grant.decisive.label if grant.decisive else NOBODY] += 1
         return dataclasses.replace(hold, started=time.monotonic())
 
     def settle(
@@ -421,12 +444,17 @@ class Quotas:
         errors = [answer for answer in answers if isinstance(answer, ProviderError)]
         if any(error.code in _NOT_SENT for error in errors):
             return
-        assert plan.health is not None  # noqa: S101 - for the type checkers
         kinds = {classify(error).kind for error in errors}
         if FailureKind.RATE_LIMIT in kinds:
             told = max(error.retry_after_s or PAUSE_S for error in errors)
             news.refusals.append((plan.health, min(told, LONGEST_PAUSE_S)))
+            if plan.key_health is not None:  # others of its deployments may have room
+                news.refusals.append((plan.key_health, 0.0))
             self.counts.throttled[candidate.deployment.name] += 1
+        for error in errors if plan.learns else ():
+            for name, limit in (error.limits or {}).items():
+                if (key := plan.rates.get(Dimension(name))) is not None:
+                    news.told.append((key, limit, BELIEVED_S))
         call_s = time.monotonic() - hold.started
         for key in plan.permits:
             known = self._call_s.get(key.name, call_s)
@@ -445,11 +473,7 @@ class _Listener:
     """Reads the limits that a deployment's responses tell of, once in a while."""
 
     def __init__(self, plan: Plan, keeper: LimitKeeper) -> None:
-        self._keys = {
-            key.dimension: key
-            for key in plan.keys
-            if key.kind == "rate" and key.dimension is not None
-        }
+        self._keys = plan.rates
         self._keeper = keeper
         self._next_at = 0.0
         self._known: dict[Dimension, float] = {}
@@ -465,13 +489,13 @@ class _Listener:
             key = self._keys.get(dimension)
             if key is not None and self._known.get(dimension) != limit:
                 self._known[dimension] = limit
-                news.told.append((key, limit))
+                news.told.append((key, limit, 0.0))
         if news:
             self._keeper.tell(news)
 
 
 def _is_deployments(key: LimitKey | None) -> bool:
-    """True for a limit of the deployment, false for a rule of our own."""
+    """True for a limit of the deployment or its API key, false for a rule of our own."""
     return key is None or key.kind == "health" or key.health is not None
 
 

@@ -6,20 +6,23 @@
 -- KEYS[n]: promptfleet:{limits}:..., each of one kind, as ARGV[1].keys[n - 1] says:
 --   rate     hash: at (when the next call is due, GCRA), line (end of the queue of those that wait
 --            elsewhere), again (the same for those that came back too early), told (a limit that
---            the provider told)
---   window   hash: what was used in each sixtieth of the period, by its number; line
+--            the provider told), till (when that is forgotten; 0: never)
+--   window   hash: what was used in each sixtieth of the period, by its number; line; known, where
+--            windows are kept elsewhere, too: 1 once this server has been told what was used before
 --   permits  sorted set: calls in flight by when their leases end
 --   health   hash: pause (until when nobody calls), factor, at (when that was), and for adaptive
 --            concurrency: width, steady, cut
+-- KEYS[last], if ask.kept: promptfleet:{limits}:changed, a sorted set: the windows that were changed
+--   since they were last kept elsewhere, by when; a member is a tenant (or nothing), a NUL and a key
 -- ARGV[1]: JSON, as exchange.py writes it.
 -- Returns {workers seen, this one's place among them, then for each call: verdict, wait, the number
 --   of the key that decided}; verdict 0: go after the wait, 1: come again after it, 2: too many are
---   in flight.
+--   in flight, 3: what was used of a window is not known here.
 local ask = cjson.decode(ARGV[1])
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
-local GO, LATER, BUSY = 0, 1, 2
+local GO, LATER, BUSY, UNKNOWN = 0, 1, 2, 3
 local PIECES = 60
 local SEEN_US = 30000000      -- a worker that has not asked for so long is gone
 local RECOVER = 0.005         -- of the limit comes back each second after a refusal
@@ -98,7 +101,8 @@ end
 -- The limit of a rate, and the microseconds that one unit of it takes; nil where none is known.
 local function rate(n)
   local key = ask.keys[n]
-  local told = load(n).told
+  local told, till = load(n).told, load(n).till
+  if till and till > 0 and till < now then told = nil end
   local limit = key.limit or told
   if not limit then return nil end
   if told and told < limit then limit = told end
@@ -155,10 +159,29 @@ local function room_in(n, cost)
   return now + key.period
 end
 
+-- What was used before this server lost it, besides what has been settled here since. Another
+-- server's clock may have been ahead of this one's.
+local function recall(n, pieces)
+  local state, newest = load(n), piece_of(n)
+  if state.known then return end
+  used_in(n)
+  for _, each in ipairs(pieces) do
+    local piece, used = math.min(each[1], newest), each[2]
+    if piece >= newest - PIECES then
+      state.pieces[piece] = (state.pieces[piece] or 0) + used
+      state.used = state.used + used
+    end
+  end
+  state.known, state.recalled = 1, true
+  touch(n)
+end
+
 -- -- settle --------------------------------------------------------------------------------
 
+for _, each in ipairs(ask.recalled or {}) do recall(each[1], each[2]) end
 for _, each in ipairs(ask.told) do
-  load(each[1]).told = each[2]
+  local state = load(each[1])
+  state.told, state.till = each[2], each[3] > 0 and now + each[3] or 0
   touch(each[1])
 end
 for _, each in ipairs(ask.refusals) do refused(each[1], each[2]) end
@@ -215,6 +238,7 @@ local function judge(call)
       end
     elseif kind == 'window' then
       local limit = ask.keys[n].limit
+      if ask.kept and not load(n).known then return UNKNOWN, 0, n end
       if used_in(n) + math.min(cost, limit) > limit then
         ready = math.max(now + ask.patience + 1, room_in(n, math.min(cost, limit)))
       end
@@ -321,13 +345,19 @@ for n, state in pairs(states) do
     if state.at then keep(key, 'at', whole(state.at)) end
     if state.line then keep(key, 'line', whole(state.line)) end
     if state.again then keep(key, 'again', whole(state.again)) end
-    if state.told then keep(key, 'told', whole(state.told)) end
+    if state.told then keep(key, 'told', whole(state.told), 'till', whole(state.till or 0)) end
     until_us = until_us + math.max(0, state.at or 0, state.line or 0) - now
     if until_us < KEEP_US then until_us = KEEP_US end
   elseif state.changed and what.kind == 'window' then
-    local piece = piece_of(n)
-    if state.pieces and state.pieces[piece] then
-      keep(key, whole(piece), string.format('%.17g', state.pieces[piece]))
+    local newest = piece_of(n)
+    for piece, used in pairs(state.pieces or {}) do
+      if piece == newest or state.recalled then
+        keep(key, whole(piece), string.format('%.17g', used))
+      end
+    end
+    if ask.kept and state.known then
+      keep(key, 'known', 1)
+      redis.call('ZADD', KEYS[#KEYS], whole(now), what.tenant .. '\0' .. key)
     end
     if state.line then keep(key, 'line', whole(state.line)) end
     if state.again then keep(key, 'again', whole(state.again)) end

@@ -22,7 +22,7 @@ from promptfleet.api.openai.answering import (
 )
 from promptfleet.api.openai.answers import openai_answer, usage_of
 from promptfleet.api.openai.failures import failure
-from promptfleet.api.openai.following import HOLD_S, Begun, News, follow
+from promptfleet.api.openai.following import HOLD_S, Begun, News, follow, may_be_replaced
 from promptfleet.api.openai.options import cancels_on_disconnect
 from promptfleet.api.sse import EventStreamResponse, sse_event
 from promptfleet.options import refuse
@@ -55,7 +55,8 @@ async def stream_frames(asked: Asked, spec: JobSpec, frames: Frames) -> Response
     with contextlib.ExitStack() as room:
         room.enter_context(asked.services.limits.waiting.taken(asked.tenant))
         accepted = await accept(asked, spec)
-        news = Begun(follow(asked, accepted))
+        whole = may_be_replaced(spec, asked.services.fleet)
+        news = Begun(follow(asked, accepted, whole=whole))
         try:
             with told_of(accepted):
                 first = await news.first(HOLD_S)

@@ -3,6 +3,9 @@
 A job that is tried again begins its answer anew. OpenAI's streams have no word for that: so the new
 answer is held back while it says what the client has read already, and goes on from there. If it
 says something else, the stream ends with an error, as a broken one does there; the job goes on.
+
+An answer that is checked, and may be replaced by the next tier's, is not told before it is final:
+then it comes in one piece.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from contextlib import aclosing
 from promptfleet.api.errors import OURS, ApiError
 from promptfleet.api.openai.answering import Accepted, Asked
 from promptfleet.api.openai.failures import JOB_HEADER
-from promptfleet_shared.jobs import Result
+from promptfleet_shared.fleet import Fleet
+from promptfleet_shared.jobs import JobSpec, Result
+from promptfleet_shared.policies.routing import TRIAGE
+from promptfleet_shared.policies.tier_choice import DECISION
 from promptfleet_shared.token_stream import EventKind, StreamEvent
 
 HOLD_S = 2.0
@@ -53,8 +59,33 @@ class Retold:
         return fresh
 
 
-async def follow(asked: Asked, accepted: Accepted) -> AsyncGenerator[News, None]:
+def may_be_replaced(spec: JobSpec, fleet: Fleet) -> bool:
+    """True if the job's answer is checked as a whole, and the next tier may be asked for another.
+
+    By this process's fleet.toml: where a worker's says otherwise, `follow` copes with that, too.
+    """
+    if spec.model is not None:
+        return False
+    names = tuple(fleet.tier_names)
+    by = ((spec.decision or {}).get(DECISION) or {}).get("by")
+    # A small model may still move it to whichever tier.
+    tiers = [tier for tier in names[:-1] if tier == spec.tier or by == TRIAGE]
+    own = (spec.policy or {}).get("escalate_on")
+    if own is not None:
+        return bool(own and tiers)
+    sections = (fleet.tiers[tier].escalate_on for tier in tiers)
+    return any(section is not None and not section.is_empty for section in sections)
+
+
+async def follow(
+    asked: Asked, accepted: Accepted, *, whole: bool = False
+) -> AsyncGenerator[News, None]:
     """The job's text as it comes, and its result at last.
+
+    Args:
+        asked: The request.
+        accepted: Its job.
+        whole: Say nothing before the answer is final.
 
     Raises:
         ApiError: A new answer contradicts what was told.
@@ -64,8 +95,9 @@ async def follow(asked: Asked, accepted: Accepted) -> AsyncGenerator[News, None]
     events = asked.services.streams.follow(asked.tenant, accepted.id)
     async with aclosing(events):
         async for event in events:
-            for news in _news(event, retold, accepted):
-                yield news
+            news = _whole_news(event) if whole else _news(event, retold, accepted)
+            for item in news:
+                yield item
 
 
 def _news(event: StreamEvent, retold: Retold, accepted: Accepted) -> list[News]:
@@ -79,6 +111,13 @@ def _news(event: StreamEvent, retold: Retold, accepted: Accepted) -> list[News]:
     elif event.result is not None:
         return [event.result]
     return []
+
+
+def _whole_news(event: StreamEvent) -> list[News]:
+    result = event.result
+    if result is None:
+        return []
+    return [result.text, result] if result.succeeded and result.text else [result]
 
 
 def started_anew(accepted: Accepted) -> ApiError:

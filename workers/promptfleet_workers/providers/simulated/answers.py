@@ -37,6 +37,7 @@ class Rejected(Exception):  # noqa: N818 - a reply, not a programming error
         param: str | None = None,
         code: str | None = None,
         retry_after_ms: int | None = None,
+        limit: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -45,6 +46,7 @@ class Rejected(Exception):  # noqa: N818 - a reply, not a programming error
         self.param = param
         self.code = code
         self.retry_after_ms = retry_after_ms
+        self.limit = limit
 
 
 # These three are made for every request: not frozen, which would double their cost.

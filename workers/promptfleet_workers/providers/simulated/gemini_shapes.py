@@ -37,6 +37,13 @@ _STATUSES = {
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
+_RPC = "type.googleapis.com/google.rpc"
+_API = "generativelanguage.googleapis.com"
+_OVER_QUOTA = (
+    "You exceeded your current quota, please check your plan and billing details. For more"
+    " information on this error, head to: https://ai.google.dev/gemini-api/docs/rate-limits."
+)
+_USED_UP = "insufficient_quota"
 _DEFAULT_DIMENSIONS = 64
 _MAX_DIMENSIONS = 3072
 _MAX_BATCH = 100
@@ -56,7 +63,7 @@ def find(path: str, query: str) -> GenerateContent | EmbedContents | None:
 
 
 def error_payload(rejected: Rejected) -> bytes:
-    """Google's error body; how long to wait stands in it, and in no header."""
+    """Google's error body; how long to wait, and for which quota, stands in it and in no header."""
     error: dict[str, Any] = {
         "code": rejected.status,
         "message": rejected.message,
@@ -64,12 +71,38 @@ def error_payload(rejected: Rejected) -> bytes:
     }
     if rejected.code == "invalid_api_key":
         error["message"] = "API key not valid. Please pass a valid API key."
-    if rejected.retry_after_ms is not None:
-        delay = f"{rejected.retry_after_ms / 1000:.3f}s"
-        error["details"] = [
-            {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}
-        ]
+    details = _quota_details(rejected)
+    if details:
+        error["message"] = _OVER_QUOTA
+    delay_ms = 22_000 if rejected.code == _USED_UP else rejected.retry_after_ms
+    if delay_ms is not None:
+        delay = f"{delay_ms / 1000:.3f}s"
+        details.append({"@type": f"{_RPC}.RetryInfo", "retryDelay": delay})
+    if details:
+        error["details"] = details
     return orjson.dumps({"error": error})
+
+
+def _quota_details(rejected: Rejected) -> list[dict[str, Any]]:
+    """The quotas that were exceeded, as Google names them; of a day's, the wait is a short one."""
+    violation = {"quotaMetric": f"{_API}/generate_content_requests"}
+    if rejected.code == _USED_UP:
+        violation |= {"quotaId": "GenerateRequestsPerDayPerProjectPerModel", "quotaValue": "250"}
+    elif rejected.limit is None:
+        return []
+    elif rejected.kind == "requests":
+        violation["quotaId"] = "GenerateRequestsPerMinutePerProjectPerModel"
+        violation["quotaValue"] = str(rejected.limit)
+    else:
+        violation["quotaMetric"] = f"{_API}/generate_content_input_token_count"
+        violation["quotaId"] = "GenerateContentInputTokensPerModelPerMinute"
+        violation["quotaValue"] = str(rejected.limit)
+    help_url = "https://ai.google.dev/gemini-api/docs/rate-limits"
+    links = [{"description": "Learn more about Gemini API quotas", "url": help_url}]
+    return [
+        {"@type": f"{_RPC}.Help", "links": links},
+        {"@type": f"{_RPC}.QuotaFailure", "violations": [violation]},
+    ]
 
 
 class GenerateContent:

@@ -16,11 +16,12 @@ _COMPACT_AT = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """Which limit said no (`requests`, `tokens`, `concurrency`) and when to come back."""
+    """Which limit said no (`requests`, `tokens`, `concurrency`), and when to come back."""
 
     limit: str
     message: str
     retry_after_ms: int
+    value: int | None = None
 
 
 class RateLimits:
@@ -108,6 +109,7 @@ class RateLimits:
             wait_s += self._times[index] - now
         return Refusal(
             limit=name,
+            value=limit,
             message=f"Rate limit reached on {name} per {window_s:g} s: limit {limit}, "
             f"requested {asked}. Please try again in {wait_s:.3f}s.",
             retry_after_ms=max(1, int(wait_s * 1000) + 1),
@@ -135,6 +137,7 @@ class _Buckets:
                 message = f"Rate limit reached on {name}: limit {limit}, requested {amount}. "
                 return Refusal(
                     limit=name,
+                    value=limit,
                     message=f"{message}Please try again in {wait_s:.3f}s.",
                     retry_after_ms=max(1, int(wait_s * 1000) + 1),
                 )

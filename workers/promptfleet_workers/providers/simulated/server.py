@@ -329,7 +329,8 @@ class SimulatedProvider:
 
     def _headers(self, request: Request) -> bytes:
         lines = b"x-request-id: req-sim-%08d\r\n" % self._number
-        if self.options.rpm or self.options.tpm:
+        limited = self.options.rpm or self.options.tpm
+        if limited and gemini_shapes.find(request.path, request.query) is None:
             lines += self._limits.headers(self.options, self._clock())
         return lines if request.keep_alive else lines + _CLOSE
 
@@ -365,6 +366,7 @@ class SimulatedProvider:
                 kind=refusal.limit,
                 code="rate_limit_exceeded",
                 retry_after_ms=refusal.retry_after_ms,
+                limit=refusal.value,
             )
 
     # -- batches
