@@ -33,13 +33,14 @@ from tests.faults.orders import LONG_S, TENANTS, orders
 from tests.faults.recorder import Recorder
 from tests.faults.verdict import AFTER_DEADLINE_S, Evidence, Verdict, Violation, judge, listed
 from tests.faults.witness import Witness
-from tests.faults.world import World
+from tests.faults.world import IN_BATCH_S, World
 
 PRODUCERS = 4
 PROMPTS_PER_S = 8.0
 CALLBACKS_WITHIN_S = 150.0
 SLOWEST_SUBMISSION_S = 60.0
 PLACES_WITHIN_S = 30.0
+ENOUGH_USD = Decimal("0.01")
 USD_A_SECOND = Decimal("0.00001")
 """Of the spender's budget, so that it is spent before the end."""
 
@@ -57,7 +58,14 @@ class Nemesis:
     """One run."""
 
     def __init__(
-        self, world: World, *, seed: int, seconds: float, plan: Sequence[Strike], long_s: float
+        self,
+        world: World,
+        *,
+        seed: int,
+        seconds: float,
+        plan: Sequence[Strike],
+        long_s: float,
+        patient: bool = True,
     ) -> None:
         """Break nothing yet.
 
@@ -67,6 +75,7 @@ class Nemesis:
             seconds: How long to submit, and to break.
             plan: What to break, and when.
             long_s: The usual deadline of a prompt.
+            patient: As of `orders`.
         """
         self._world = world
         self._seconds = seconds
@@ -84,7 +93,12 @@ class Nemesis:
                 f"producer-{number}",
                 _opener(door, world.settings(TENANTS[number])),
                 orders(
-                    seed, number, canary=self.canary, prompts_per_s=PROMPTS_PER_S, long_s=long_s
+                    seed,
+                    number,
+                    canary=self.canary,
+                    prompts_per_s=PROMPTS_PER_S,
+                    long_s=long_s,
+                    patient=patient,
                 ),
                 self.recorder,
                 receiver_url=world.receiver.url,
@@ -229,6 +243,7 @@ def counts(nemesis: Nemesis, world: World, evidence: Evidence) -> dict[str, Any]
         "cancellations": len(evidence.cancels),
         "callbacks": sum(len(job.callbacks) for job in jobs),
         "callbacks heard": len(evidence.heard),
+        "last ends after all was healed": _last_ends(evidence),
         "callbacks exhausted": sum(done for job in jobs for _, _, done in job.callbacks),
         "results read by clients": len(evidence.readings),
         "slowest submission, s": round(recorder.slowest_s, 1),
@@ -239,6 +254,19 @@ def counts(nemesis: Nemesis, world: World, evidence: Evidence) -> dict[str, Any]
         "keys searched": nemesis.witness.keys,
         "looks at final rows": nemesis.witness.looks,
     }
+
+
+def _last_ends(evidence: Evidence) -> list[str]:
+    """Which jobs were the last, and how many seconds after all was healed."""
+    ends = sorted((job.finished_at or 0.0, job.name or "", job.state) for job in evidence.jobs)
+    found = []
+    for finished_at, name, state in ends[-3:]:
+        entry = evidence.entries.get(name)
+        ways = () if entry is None else (entry.ask.model, entry.ask.service, entry.ask.memory_id)
+        way = " ".join(filter(None, ways))
+        after_s = finished_at - (evidence.healed_at or 0.0)
+        found.append(f"{after_s:.0f} s: {name} {way} {state}")
+    return found
 
 
 def own_trouble(
@@ -296,8 +324,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = short_plan() if flags.short else make_plan(seed, seconds, kinds)
     plan = [strike for strike in plan if strike.fault.kind in kinds]
     try:
-        with World(directory, disk=disk, hard_usd=USD_A_SECOND * int(seconds)) as world:
-            nemesis = Nemesis(world, seed=seed, seconds=seconds, plan=plan, long_s=LONG_S)
+        # A short run does not wait until what lost workers had reserved is free again, nor for the
+        # batches that they had.
+        hard_usd = ENOUGH_USD if flags.short else USD_A_SECOND * int(seconds)
+        in_batch_s = 10.0 if flags.short else IN_BATCH_S
+        with World(directory, disk=disk, hard_usd=hard_usd, in_batch_s=in_batch_s) as world:
+            nemesis = Nemesis(
+                world,
+                seed=seed,
+                seconds=seconds,
+                plan=plan,
+                long_s=LONG_S,
+                patient=not flags.short,
+            )
             evidence = nemesis.run()
             numbers = {"seed": seed, **counts(nemesis, world, evidence)}
     finally:

@@ -131,7 +131,13 @@ class Order:
 
 
 def orders(
-    seed: int, producer: int, *, canary: str, prompts_per_s: float, long_s: float = LONG_S
+    seed: int,
+    producer: int,
+    *,
+    canary: str,
+    prompts_per_s: float,
+    long_s: float = LONG_S,
+    patient: bool = True,
 ) -> Iterator[Order]:
     """The orders of one producer: the same for the same seed.
 
@@ -141,6 +147,7 @@ def orders(
         canary: Put into each prompt, and so into each answer.
         prompts_per_s: About so many, while nothing holds the producer up.
         long_s: The usual deadline.
+        patient: False for no line of a batch that waits for its answer, however long it takes.
     """
     draw = random.Random(f"{seed} orders {producer}")
     number = 0
@@ -157,6 +164,8 @@ def orders(
             else:
                 ask = _ask(draw, name, canary=canary, twin=twins, long_s=long_s)
                 ask = _on_its_way(draw, ask, producer)
+                if ask.service and not patient:
+                    ask = dataclasses.replace(ask, on_unknown="retry")
             asks.append(dataclasses.replace(ask, key=f"key-{name}") if keyed else ask)
         yield Order(
             asks=tuple(asks),

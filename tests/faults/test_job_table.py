@@ -429,6 +429,31 @@ def test_a_worker_that_stands_still_is_told_the_same_name(script: Script, late_s
     assert {script.state(job) for job, _ in held} == {JobState.SUCCEEDED}
 
 
+def test_what_was_cancelled_while_it_was_handed_over_is_not_sent(script: Script) -> None:
+    claim, other = script.running(tenant="a", deadline_s=LONG_S), script.running(tenant="a")
+    script.bench.cancel([claim[0]], "a")
+    script.bench.attach([claim, other])
+    script.bench.pass_time(ROOM.gather_s)
+    (held,) = script.bench.claim_due("w1", LEASE_S)
+    assert script.bench.mark(held) == 1
+    assert script.bench.sent_lines(held) == [other]
+    script.bench.sweep()
+    row = script.table.snapshot().jobs[claim[0]]
+    assert (row["state"], row["calls"]) == ("cancelled", 0)
+
+
+def test_a_batch_has_one_name(script: Script) -> None:
+    script.given(deadline_s=LONG_S)
+    script.bench.pass_time(ROOM.gather_s)
+    (held,) = script.bench.claim_due("w1", LEASE_S)
+    script.bench.begin_submitting(held, 1)
+    assert script.bench.note_submitted(held, "one", 0.0)
+    assert not script.bench.note_submitted(held, "two", 0.0)
+    (held,) = script.bench.claim_due("w1", LEASE_S)
+    assert held.provider_id == "one"
+    assert not script.bench.begin_submitting(held, 1)
+
+
 @pytest.mark.parametrize("on_unknown", OnUnknown)
 @pytest.mark.parametrize("is_sent", [False, True])
 def test_a_line_near_its_deadline_is_taken_back_and_its_call_counted(

@@ -28,7 +28,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 from tests.acceptance.fleet import procfile_workers
 from tests.faults.disk import SmallDisk
-from tests.faults.orders import METERED, SPENDER, TIERS
+from tests.faults.orders import LONG_S, METERED, SPENDER, TIERS
 from tests.faults.proxy import Exchange, Wire
 from tests.processes import Provider, worker_environment
 from tests.receiver import Answer, Received, Receiver
@@ -55,8 +55,8 @@ DRAIN_S = 4.0
 MAX_CALLS = 6
 RETRY_ATTEMPTS = 4
 MAX_CONNECTIONS = 80
-SPILL_BEFORE_S = 68.0
-"""Seconds before its deadline that a provider's batch has to have answered a prompt."""
+IN_BATCH_S = 22.0
+"""How long a prompt waits in its provider's batch, until it is taken back."""
 TENANT_BOUND = 12
 KEY_BOUND = 3
 RPM = 150
@@ -133,7 +133,12 @@ class World:
     """Postgres, Valkey, a provider, a receiver, workers and wires; each can be broken."""
 
     def __init__(
-        self, directory: Path, *, disk: SmallDisk | None, hard_usd: Decimal = Decimal("0.001")
+        self,
+        directory: Path,
+        *,
+        disk: SmallDisk | None,
+        hard_usd: Decimal = Decimal("0.001"),
+        in_batch_s: float = IN_BATCH_S,
     ) -> None:
         """Start nothing yet.
 
@@ -141,8 +146,10 @@ class World:
             directory: Where all data and logs are.
             disk: Where Postgres' data go; None for `directory`.
             hard_usd: What the spender may spend.
+            in_batch_s: As `IN_BATCH_S`.
         """
         self.hard_usd = hard_usd
+        self._spill_before_s = LONG_S - in_batch_s
         self.directory = directory
         self.disk = disk
         self.lock = threading.RLock()
@@ -235,7 +242,7 @@ class World:
             spender=SPENDER,
             max_calls=MAX_CALLS,
             retry_attempts=RETRY_ATTEMPTS,
-            spill_before_s=SPILL_BEFORE_S,
+            spill_before_s=self._spill_before_s,
             tenant_bound=TENANT_BOUND,
             key_bound=KEY_BOUND,
             hard_usd=self.hard_usd,
