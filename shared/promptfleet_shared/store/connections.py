@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import time
+import traceback
 from typing import Any, TypeVar
 
 import psycopg
@@ -63,7 +64,13 @@ def bound_waits(engine: sa.Engine, patience_s: float) -> None:
     """Let the engine's new connections break off after `patience_s` seconds without an answer."""
 
     async def connect_async(*args: Any, **kwargs: Any) -> AsyncBoundedConnection:
-        connection = await AsyncBoundedConnection.connect(*args, **kwargs)
+        try:
+            connection = await AsyncBoundedConnection.connect(*args, **kwargs)
+        except BaseException as error:
+            # Who was cancelled half-way is kept with all its frames by the error, and with them a
+            # socket on which the server waits for a password.
+            traceback.clear_frames(error.__traceback__)
+            raise
         connection.patience_s = patience_s
         return connection
 
