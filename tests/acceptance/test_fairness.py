@@ -159,6 +159,7 @@ def test_without_fairness_it_waits_for_all_of_it(
     site.worker(fairness=off)
     eventually(lambda: site.redis.hget("promptfleet:fair:config", "off"), "the fleet knows")
     site.client("big").enqueue_prompts(prompts(1_000, "big"), tier="basic")
+    eventually(lambda: finished(database, "big"), "its doorbells are rung")
     job = site.client("small").enqueue_prompt(*prompts(1, "small"), tier="basic")
 
     assert job.result(timeout=60).succeeded

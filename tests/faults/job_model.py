@@ -226,7 +226,7 @@ class Model:
             job.cancel_requested = True
             ends_now = job.state is JobState.QUEUED or job.is_unsent
             if job.state is JobState.SUBMITTED:
-                job.sweep_at = now
+                job.sweep_at = min(job.sweep_at, now)
             if ends_now:
                 job.end(JobState.CANCELLED, now, None)
             asked.add(job.spec.id)

@@ -30,7 +30,8 @@ WITH locked AS MATERIALIZED (
     UPDATE jobs SET cancel_requested = true,
            state = CASE WHEN ends_now THEN 'cancelled' ELSE state END,
            finished_at = CASE WHEN ends_now THEN clock_timestamp() END,
-           sweep_at = CASE WHEN state = 'submitted' THEN clock_timestamp() ELSE sweep_at END
+           sweep_at = CASE WHEN state = 'submitted' THEN least(sweep_at, clock_timestamp())
+                           ELSE sweep_at END
       FROM locked WHERE id = job_id
     RETURNING id, tenant, tier, state, attempt, calls, unknown_calls, metadata, callback_url,
               created_at, finished_at, batch_id, decision
