@@ -51,6 +51,18 @@ def make(lot: Any, **fields: Any) -> Feeder:
     return Feeder(app, lot, FairnessSection(**fields), worker="w", chunks={"a": 100, "b": 100})
 
 
+def test_a_message_is_replaced_once_its_jobs_are_claimed_and_not_before(lot: FakeLot) -> None:
+    feeder = make(lot)
+    feeder.taken("b", 10)
+    assert not feeder._wake.is_set()
+    feeder.looked_up(10)
+    assert feeder._wake.is_set()
+
+    feeder = make(lot)
+    feeder.taken("b", 0)  # there was no room for any of it
+    assert feeder._wake.is_set()
+
+
 def test_what_was_taken_is_replaced_in_its_own_tier(lot: FakeLot) -> None:
     feeder = make(lot)
     feeder.look()

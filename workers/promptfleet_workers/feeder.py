@@ -92,16 +92,22 @@ class Feeder:
     # -- what it is told ---------------------------------------------------------------------
 
     def taken(self, tier: str, ids: int) -> None:
-        """A message was taken from the tier's queue, and so many of its ids are to be claimed."""
+        """A message was taken from the tier's queue, and so many of its ids are to be claimed.
+
+        It is replaced once they are: one at hand and another in the queue would be one more batch
+        that a job of another tenant waits for.
+        """
         with self._lock:
             self._due.add(tier)
             self._unclaimed += ids
-        self._wake.set()
+        if not ids:
+            self._wake.set()
 
     def looked_up(self, ids: int) -> None:
         """So many ids are not to be claimed any more."""
         with self._lock:
             self._unclaimed -= ids
+        self._wake.set()
 
     def claimed(self, jobs: Iterable[ClaimedJob]) -> None:
         """These jobs run here; those of them that a bound holds for are spoken for."""
