@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from promptfleet_shared.store.conversations import read_conversation
 from promptfleet_shared.store.engines import make_engine
 from promptfleet_shared.store.results import read_results
 from promptfleet_shared.store.submissions import insert_jobs
+from promptfleet_workers.context.fitter import FIRST_SLEEP_S
 
 FLEET = """
 default_tier = "basic"
@@ -213,13 +215,16 @@ class TestConversations:
         chats = [unique() for _ in range(3)]
         specs = [turn(chat, f"turn {n}") for n in range(6) for chat in chats]
 
+        started = time.monotonic()
         results = site.run(*specs)
+        elapsed_s = time.monotonic() - started
 
         assert {result.state for result in results} == {JobState.SUCCEEDED}
         assert {result.attempts for result in results} == {1}  # who waits burns no attempt
-        # Claimed in vain once at most: then called when its turn comes, and not before.
+        # Claimed in vain once at most, and called when its turn comes: but for the safety net,
+        # which a machine that is slow enough meets.
         deferrals = [job_row(site.database, each.id)["deferrals"] for each in specs]
-        assert max(deferrals) == 1
+        assert 1 <= max(deferrals) <= 1 + int(elapsed_s / (FIRST_SLEEP_S / 2))
         for chat in chats:
             assert site.said(chat) == [f"turn {n}" for n in range(6)]
         for place, result in enumerate(results):
